@@ -1,0 +1,48 @@
+# Every target makes the environment it needs: `make demo` works in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all check bench lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+venv: $(STAMP)  ## the pinned environment in .venv
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
+	touch $(STAMP)
+
+demo: $(STAMP)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
+	$(BIN)/tensorar demo
+
+test: $(STAMP)  ## unit, parity, integration and short fault tests (minutes)
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)  ## everything, the slow fault tests included
+	$(PYTEST)
+
+check: $(STAMP)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## benchmarks, JSON lines on stdout
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+lock:  ## rewrite requirements.lock from pyproject.toml in a throw-away environment
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install --quiet torch==2.13.0
+	.lock-venv/bin/python -m pip install --quiet '.[dev]'
+	{ head -2 requirements.lock; .lock-venv/bin/python -m pip freeze --exclude tensorar | sed 's/+cpu$$//'; } >requirements.lock.new
+	mv requirements.lock.new requirements.lock && rm -rf .lock-venv
+
+clean:  ## remove the environment, caches and build leftovers; data/ and runs/ stay
+	rm -rf $(VENV) .lock-venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,185 @@
+"""The commands, and nothing else: each one calls a function of the package that does the work.
+
+Light: torch, ray and deepspeed are imported inside the commands that need them, so `tensorar validate` answers at once.
+Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+from jobs.run import run_spec
+from jobs.spec import Spec, SpecError, load_spec
+
+EXIT_FAILED = 1
+EXIT_BAD_SPEC = 2
+EXIT_INTERRUPTED = 130
+
+OUR_PACKAGES = ("tokenization", "pipeline", "training", "jobs")
+
+DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+RUN_ROOT = click.option(
+    "--dir",
+    "run_root",
+    default="runs/demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Runs and report.",
+)
+DATA_ROOT = click.option(
+    "--data", "data_root", default="data", show_default=True, type=click.Path(path_type=Path), help="Corpus, downloads."
+)
+
+
+class _Commands(click.Group):
+    """A group whose commands end in one line and an exit code, not in a traceback, where a user can mend it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except SpecError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(EXIT_BAD_SPEC)
+        except Exception as error:
+            if debug or not _is_for_users(error):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(EXIT_FAILED)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from here", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tensorar", prog_name="tensorar")
+@click.option("--debug", is_flag=True, help="Log more, and show the traceback of an error.")
+def main(*, debug: bool) -> None:
+    """Train TensorAR image generators: Ray tokenizes, DeepSpeed trains, drafts get refined."""
+    _set_up_logging(debug=debug)
+
+
+@main.command()
+@click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def validate(*, specs: tuple[Path, ...]) -> None:
+    """Check specs; every problem is told with its file and line."""
+    problems: list[str] = []
+    for path in specs:
+        try:
+            spec = load_spec(path)
+        except SpecError as error:
+            problems.extend(error.problems)
+        else:
+            click.echo(f"{path}: a valid {spec.kind} spec, run_dir {spec.run_dir}")
+    if problems:
+        raise SpecError(problems)
+
+
+@main.command()
+@click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable.")
+def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
+    """Run a spec; running it again resumes it."""
+    spec = load_spec(spec_path, overrides)
+    result = run_spec(spec)
+    click.echo(_outcome(spec, result))
+
+
+@main.command()
+@RUN_ROOT
+@DATA_ROOT
+@click.option("--set", "overrides", multiple=True, metavar="STAGE.A.B=V", help="Change a stage's spec; repeatable.")
+def demo(*, run_root: Path, data_root: Path, overrides: tuple[str, ...]) -> None:
+    """From a real corpus to pictures and a report, in minutes; running it again resumes it."""
+    # The demo imports matplotlib, and through its stages torch and ray.
+    from jobs.demo import run_demo  # noqa: PLC0415
+
+    run_demo(run_root=run_root, data_root=data_root, overrides=overrides)
+
+
+@main.command()
+def doctor() -> None:
+    """Check this machine: what works, what is missing and what to do about it."""
+    # Every check imports what it checks.
+    from jobs.doctor import run_doctor  # noqa: PLC0415
+
+    if not run_doctor():
+        sys.exit(EXIT_FAILED)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+def verify(*, directory: Path) -> None:
+    """Check every byte of a shard set, or every checkpoint of a training run, against its records."""
+    from jobs.verify import verify_directory  # noqa: PLC0415  (imports numpy)
+
+    problems, checked = verify_directory(directory)
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        click.echo(f"{directory}: {len(problems)} problems", err=True)
+        sys.exit(EXIT_FAILED)
+    click.echo(f"{directory}: {checked}; everything is whole")
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page; default DIR/preview.html.")
+def preview(*, directory: Path, output: Path | None) -> None:
+    """Write an HTML page of a shard set: pictures decoded from codes, captions, codebook usage, ledger totals."""
+    from pipeline.preview import write_preview  # noqa: PLC0415  (imports torch to decode)
+
+    click.echo(f"preview: {write_preview(directory, output=output)}")
+
+
+@main.command()
+@RUN_ROOT
+@DATA_ROOT
+def report(*, run_root: Path, data_root: Path) -> None:
+    """Write the demo's report again, from what its runs left on disk."""
+    from jobs.report import write_report  # noqa: PLC0415  (imports matplotlib, and torch to decode)
+
+    click.echo(f"report: {write_report(run_root, data_root=data_root)}")
+
+
+def _outcome(spec: Spec, result: Any) -> str:
+    """What a run made and a command to go on with."""
+    if spec.kind == "fit_tokenizer":
+        return f"weights: {result}\nnext:    set tokenizer.weights to that path in a tokenize spec"
+    if spec.kind == "tokenize":
+        return f"shards: {spec.run_dir} ({result.num_samples} samples)\nnext:   tensorar preview {spec.run_dir}"
+    if spec.kind == "train":
+        flags = f"--set weights={spec.run_dir} --set run_dir={spec.run_dir}-samples"
+        return f"run:  {spec.run_dir}\nnext: tensorar run jobs/specs/sample_base.yaml {flags}"
+    flags = f"--set run_dir={spec.run_dir}-2 --set seed={spec.seed + 1}"
+    return f"pictures: {spec.run_dir}/grid.png\nnext:     tensorar run the same spec with {flags}"
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message alone says what to do: our own errors, and the ValueErrors of configs and pure functions."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OUR_PACKAGES
+
+
+def _set_up_logging(*, debug: bool) -> None:
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        # On stderr, as the jobs' progress bars: rich then keeps a bar below the lines.
+        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False, log_time_format="[%H:%M:%S]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler], force=True)
+    for name in ("ray", "deepspeed", "DeepSpeed", "matplotlib", "PIL", "asyncio", "fsspec", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`tensorar demo`: a real corpus to pictures and a report, each stage a shipped spec run as anybody would run it.
+
+Every stage resumes by itself, so the demo is only their order: interrupt it anywhere, the next run goes on. The time of
+a stage is added up over its interrupted runs and kept beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jobs.open_emoji import build_open_emoji
+from jobs.report import write_report
+from jobs.run import SPEC_NAME, run_spec
+from jobs.spec import Spec, SpecError, load_spec, shipped_spec
+from jobs.timings import add_time
+from pipeline.preview import write_preview
+from pipeline.storage import exclusive
+
+log = logging.getLogger(__name__)
+
+SHIPPED_RUN_ROOT = "runs/demo"
+SHIPPED_DATA_ROOT = "data"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo that runs a spec."""
+
+    name: str
+    title: str
+    spec: str
+
+
+STAGES = (
+    Stage("tokenize", "Ray tokenizes the training corpus into shards of codes", "tokenize_open_emoji"),
+    Stage("tokenize_validation", "Ray tokenizes the held-out corpus", "tokenize_open_emoji_validation"),
+    Stage("base", "two DeepSpeed ranks train the base model", "train_base"),
+    Stage("tensorar", "two DeepSpeed ranks train TensorAR around it", "train_tensorar"),
+    Stage("sample_base", "the base model draws", "sample_base"),
+    Stage("sample_tensorar", "TensorAR drafts, refines and draws", "sample_tensorar"),
+)
+
+
+def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) -> Path:
+    """Path of the report, after everything that it shows has been made.
+
+    Args:
+        run_root: Where the runs and the report go.
+        data_root: Where the corpus and its downloads lie and stay.
+        overrides: `STAGE.a.b=value` changes of the stages' specs, such as `base.num_steps=20`.
+
+    Raises:
+        SpecError: an override does not fit.
+        FetchError: the corpus cannot be fetched.
+        ArtifactError: a directory holds a run of another spec.
+    """
+    _check_names(overrides)
+    specs = {stage.name: _spec(stage, run_root, data_root, overrides) for stage in STAGES}
+    corpus = data_root / "open-emoji"
+    progress = _Progress(console=Console(highlight=False), run_root=run_root, begin_s=time.monotonic())
+    with exclusive(run_root):
+        with progress.stage("corpus", "fetch and render the corpus", is_new=not corpus.exists()):
+            build_open_emoji(corpus, download_dir=data_root / "downloads")
+        for stage in STAGES:
+            spec = specs[stage.name]
+            is_new = not (Path(spec.run_dir) / SPEC_NAME).exists()
+            with progress.stage(stage.name, stage.title, is_new=is_new):
+                progress.console.print(f"spec: jobs/specs/{stage.spec}.yaml", style="dim")
+                run_spec(spec)
+                if stage.name == "tokenize" and not (run_root / "codes" / "preview.html").is_file():
+                    write_preview(run_root / "codes")
+        with progress.stage("report", "write the report", is_new=True):
+            report = write_report(run_root, data_root=data_root)
+    _farewell(progress, report)
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Progress:
+    """Headings and times of the stages."""
+
+    console: Console
+    run_root: Path
+    begin_s: float
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.begin_s
+
+    @contextmanager
+    def stage(self, name: str, title: str, *, is_new: bool) -> Iterator[None]:
+        names = ["corpus", *(stage.name for stage in STAGES), "report"]
+        self.console.rule(f"[bold]{names.index(name) + 1}/{len(names)} {title}", align="left")
+        stage_begin_s, is_finished = time.monotonic(), False
+        try:
+            yield
+            is_finished = True
+        finally:
+            seconds_s = time.monotonic() - stage_begin_s
+            add_time(self.run_root, stage=name, seconds_s=seconds_s, is_finished=is_finished, is_new=is_new)
+        self.console.print(f"[green]done[/green] in {seconds_s:.1f} s; {self.elapsed_s:.0f} s since the start")
+
+
+def _spec(stage: Stage, run_root: Path, data_root: Path, overrides: Sequence[str]) -> Spec:
+    path = shipped_spec(stage.spec)
+    moved = _moved(json.loads(load_spec(path).model_dump_json()), run_root=run_root, data_root=data_root)
+    own = [override.partition(".")[2] for override in overrides if override.split(".", 1)[0] == stage.name]
+    return load_spec(path, [*moved, *own])
+
+
+def _moved(value: Any, *, run_root: Path, data_root: Path, prefix: str = "") -> Iterator[str]:
+    """Overrides that move the shipped paths below the asked-for roots."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _moved(
+                inner, run_root=run_root, data_root=data_root, prefix=f"{prefix}.{key}" if prefix else key
+            )
+        return
+    moved = _moved_path(value, run_root=run_root, data_root=data_root)
+    if moved != value:
+        yield f"{prefix}={json.dumps(moved)}"
+
+
+def _moved_path(value: Any, *, run_root: Path, data_root: Path) -> Any:
+    if isinstance(value, list):
+        return [_moved_path(inner, run_root=run_root, data_root=data_root) for inner in value]
+    for shipped, asked in ((SHIPPED_RUN_ROOT, run_root), (SHIPPED_DATA_ROOT, data_root)):
+        if isinstance(value, str) and value.startswith(f"{shipped}/"):
+            return f"{asked}{value[len(shipped) :]}"
+    return value
+
+
+def _check_names(overrides: Sequence[str]) -> None:
+    names = [stage.name for stage in STAGES]
+    wrong = [override for override in overrides if override.split(".", 1)[0] not in names]
+    if wrong:
+        rule = f"an override must begin with a stage, one of {', '.join(names)}"
+        raise SpecError([f"--set {override}: {rule}" for override in wrong])
+
+
+def _farewell(progress: _Progress, report: Path) -> None:
+    console, run_root = progress.console, progress.run_root
+    console.rule(f"[bold]the demo took {progress.elapsed_s:.0f} s", align="left")
+    sample = "tensorar run jobs/specs/sample_tensorar.yaml"
+    paths = f"--set weights={run_root}/tensorar --set run_dir={run_root}/samples-2"
+    console.print(f"report: {report.resolve()}", soft_wrap=True)
+    console.print("next, try:")
+    console.print(f"  {sample} {paths} --set seed=1", soft_wrap=True)
+    console.print(f"  tensorar preview {run_root}/codes-validation", soft_wrap=True)
+    console.print(f"  tensorar verify {run_root}/tensorar", soft_wrap=True)

@@ -1,0 +1,93 @@
+"""Pictures for HTML pages: data URIs of small images, enlarged so that a pixel stays a square."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from pipeline.ledger import read_manifest
+from pipeline.shards import read_shard
+from pipeline.storage import ArtifactError
+from tokenization.tokenizer import Tokenizer
+
+Images = npt.NDArray[np.uint8]
+
+ENLARGEMENT = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A held-out image beside what its codes decode to."""
+
+    source: str
+    caption: str
+    class_name: str
+    original_HWC: Images  # noqa: N815 - the house's shape suffix
+    decoded_HWC: Images  # noqa: N815 - the house's shape suffix
+
+    @property
+    def psnr_db(self) -> float:
+        """Peak signal-to-noise ratio in dB; higher is better, 99 for equal images."""
+        difference = self.original_HWC.astype(np.float64) - self.decoded_HWC.astype(np.float64)
+        mean_square = float(np.mean(difference**2))
+        return 99.0 if mean_square == 0 else float(10 * np.log10(255.0**2 / mean_square))
+
+
+def data_uri(image_HWC: Images) -> str:
+    """`data:` URI of an image as PNG, `ENLARGEMENT` times its size.
+
+    Args:
+        image_HWC: RGB, uint8.
+    """
+    image = Image.fromarray(image_HWC)
+    size = (image.width * ENLARGEMENT, image.height * ENLARGEMENT)
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.NEAREST).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def held_out_pairs(shard_dir: Path, *, images_dir: Path) -> list[Pair]:
+    """Every sample of a shard set of one view, beside its original.
+
+    Args:
+        shard_dir: The run_dir of a tokenize job.
+        images_dir: A class-per-folder tree with the originals, named by the sample's `source`.
+
+    Raises:
+        ArtifactError: the shard set or an original is missing, or the tokenizer has changed since.
+    """
+    manifest = read_manifest(shard_dir)
+    tokenizer = Tokenizer.load(manifest.tokenizer)
+    if tokenizer.fingerprint != manifest.fingerprint:
+        raise ArtifactError(
+            f"decode {shard_dir}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
+            f"{tokenizer.fingerprint.digest} from {manifest.tokenizer.weights!r}; put the old weights back"
+        )
+    samples = [sample for shard in manifest.shards for sample in read_shard(shard_dir / "shards" / shard.name)]
+    decoded_NHWC = tokenizer.decode(np.stack([sample.codes_VT[0] for sample in samples]).astype(np.int32))
+    return [
+        _pair(sample.metadata, decoded_HWC, images_dir=images_dir)
+        for sample, decoded_HWC in zip(samples, decoded_NHWC, strict=True)
+    ]
+
+
+def _pair(metadata: dict[str, Any], decoded_HWC: Images, *, images_dir: Path) -> Pair:
+    source, class_name = str(metadata["source"]), str(metadata["extra"]["class"])
+    path = images_dir / class_name / f"{source}.png"
+    if not path.is_file():
+        raise ArtifactError(f"compare {source}: its original must be at {path}; fetch the corpus again: tensorar demo")
+    original = np.asarray(Image.open(path).convert("RGB"))
+    return Pair(
+        source=source,
+        caption=str(metadata["caption"] or source),
+        class_name=class_name,
+        original_HWC=original,
+        decoded_HWC=decoded_HWC,
+    )

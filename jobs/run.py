@@ -1,0 +1,106 @@
+"""One spec to one run: its directory remembers the spec, and running the same spec again resumes it.
+
+A directory never mixes two specs: one whose result would differ is refused with the fields that do. Fields that change
+only where and how fast a job runs are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.spec import Spec
+from pipeline.config import TokenizeConfig
+from pipeline.storage import ArtifactError, local_path, write_json
+from tokenization.config import FitTokenizerConfig
+from training.config import SampleConfig, TrainConfig
+
+SPEC_NAME = "spec.json"
+
+FREE_FIELDS: dict[str, tuple[str, ...]] = {
+    "fit_tokenizer": ("checkpoint_every_n_steps",),
+    "tokenize": ("cluster", "max_attempts", "max_rejected_fraction"),
+    "train": ("checkpoint", "cluster", "engine.micro_batch_size", "log_every_n_steps", "num_steps", "validation"),
+    "sample": ("batch_size", "device"),
+}
+"""Fields (with all below them) that a rerun in the same directory may change, by kind."""
+
+
+def run_spec(spec: Spec, *, progress: bool = True) -> Any:
+    """Result of running a spec to its end; work that its run_dir already holds is not done again.
+
+    Args:
+        spec: What to run.
+        progress: Whether to show live progress where the job has it.
+
+    Returns:
+        By kind: `fit_tokenizer` the Path of the weights, `tokenize` the Manifest, `train` the TrainResult, `sample` the
+        Path of the results.
+
+    Raises:
+        ArtifactError: the run_dir holds a run of another spec, or something that the job reads is missing or damaged.
+    """
+    remember_spec(spec)
+    # Each job brings torch or ray with it: imported when it is the one that runs.
+    if isinstance(spec, FitTokenizerConfig):
+        from tokenization.fit import fit_tokenizer  # noqa: PLC0415
+
+        return fit_tokenizer(spec)
+    if isinstance(spec, TokenizeConfig):
+        from pipeline.tokenize import run_tokenize  # noqa: PLC0415
+
+        return run_tokenize(spec, progress=progress)
+    if isinstance(spec, TrainConfig):
+        from jobs.launch import launch_training  # noqa: PLC0415
+
+        return launch_training(spec, progress=progress)
+    assert isinstance(spec, SampleConfig)
+    from training.sample import run_sample  # noqa: PLC0415
+
+    return run_sample(spec)
+
+
+def remember_spec(spec: Spec) -> None:
+    """Write the resolved spec into its run_dir, or check it against the one that is there.
+
+    Raises:
+        ArtifactError: another spec is there and differs in more than the free fields of its kind.
+    """
+    path = local_path(spec.run_dir) / SPEC_NAME
+    new = spec.model_dump(mode="json")
+    if path.is_file():
+        old = _read(path)
+        if old == new:
+            return
+        differing = [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, spec.kind)]
+        if differing:
+            told = ", ".join(f"{name} (there {have!r}, in the spec {want!r})" for name, have, want in differing)
+            raise ArtifactError(
+                f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: {told}; "
+                "set another run_dir, or remove the directory to begin anew"
+            )
+    write_json(path, new)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+    raise ArtifactError(f"read {path}: it must be the JSON of a spec; remove the file if the run is to go on")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every leaf that differs; a missing one counts as None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new
+
+
+def _is_free(name: str, kind: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS[kind])

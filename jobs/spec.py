@@ -1,0 +1,229 @@
+"""YAML specs to validated configs; every problem of a file is told at once, with its place and a suggestion.
+
+Light: imports no torch, ray or deepspeed, so `tensorar validate` answers at once. A place is `file:line`, or the
+`--set` that brought the value. YAML is read with safe types only; aliases are refused:
+their expansion has no bound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jobs.problems import Problem, closest, problems_of, quoted, without_unknown
+from pipeline.config import TokenizeConfig
+from tokenization.config import FitTokenizerConfig
+from training.config import SampleConfig, TrainConfig
+
+Spec = FitTokenizerConfig | TokenizeConfig | TrainConfig | SampleConfig
+KeyPath = tuple[str | int, ...]
+
+KINDS: dict[str, type[Spec]] = {
+    "fit_tokenizer": FitTokenizerConfig,
+    "tokenize": TokenizeConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+}
+SPECS_DIR = Path(__file__).parent / "specs"
+
+
+class SpecError(ValueError):
+    """A spec has problems; one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, reading `1e-3` as the number that it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass
+class _Document:
+    """Plain data of one spec, where each value came from, and what is wrong with the YAML itself."""
+
+    name: str
+    data: dict[str, Any] = field(default_factory=dict)
+    place_of: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> str:
+        """Place of the value at `path`, or of the nearest mapping around it."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.place_of:
+                return self.place_of[path[:length]]
+        return f"{self.name}:1"
+
+
+def shipped_spec(name: str) -> Path:
+    """Path of a spec that ships with the project, such as `train_base`."""
+    return SPECS_DIR / f"{name}.yaml"
+
+
+def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> Spec:
+    """The validated spec in a YAML file.
+
+    Args:
+        path: The file.
+        overrides: `a.b=value` assignments laid over the file, their values read as YAML.
+
+    Raises:
+        SpecError: the file or an override has problems; it carries all of them, each `file:line: path message`.
+    """
+    document = _read(Path(path))
+    for override in overrides:
+        _override(document, override)
+    return _validated(document)
+
+
+def _read(path: Path) -> _Document:
+    document = _Document(name=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SpecError([f"{path}: reading the spec: {reason}; check the path"]) from error
+    except UnicodeDecodeError as error:
+        raise SpecError([f"{path}: reading the spec: it must be UTF-8 text; save it as such"]) from error
+    try:
+        document.data = _construct(document, _composed(path, text), ())
+    except yaml.YAMLError as error:
+        raise SpecError([_syntax_problem(path, error)]) from error
+    return document
+
+
+def _composed(path: Path, text: str) -> yaml.MappingNode:
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            name = f"*{event.anchor}"
+            raise SpecError([f"{path}:{line}: {name} is an alias, which specs do not have; write the value out"])
+    node = yaml.compose(text, Loader=_Loader)
+    if node is None:
+        raise SpecError([f"{path}:1: the spec is empty; begin with kind: and one of {', '.join(KINDS)}"])
+    if not isinstance(node, yaml.MappingNode):
+        raise SpecError([f"{path}:1: a spec must be a mapping of fields, got {quoted(_scalar(node))}"])
+    return node
+
+
+def _syntax_problem(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    place = f"{path}:{mark.line + 1}" if mark is not None else f"{path}:1"
+    return f"{place}: not valid YAML: {problem}; mend the line or the one before it"
+
+
+def _construct(document: _Document, node: yaml.Node, path: KeyPath) -> Any:
+    document.place_of.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        return _construct_mapping(document, node, path)
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(document, child, (*path, index)) for index, child in enumerate(node.value)]
+    return _scalar(node)
+
+
+def _construct_mapping(document: _Document, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
+        dotted = ".".join(map(str, (*path, key)))
+        if key in data:
+            first = document.place_of[(*path, key)].rpartition(":")[2]
+            message = f"{dotted} is given twice, first on line {first}; keep one"
+            document.problems.append((line, f"{document.name}:{line}: {message}"))
+            continue
+        document.place_of[(*path, key)] = f"{document.name}:{line}"
+        data[key] = _construct(document, value_node, (*path, key))
+    return data
+
+
+def _scalar(node: yaml.Node) -> Any:
+    return _Loader("").construct_object(node, deep=True)
+
+
+def _override(document: _Document, override: str) -> None:
+    place = f"--set {override}"
+    name, equals, text = override.partition("=")
+    keys = tuple(name.strip().split("."))
+    if not equals or not all(keys):
+        raise SpecError([f"{place}: an override must be field=value or group.field=value, got {override!r}"])
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
+    except yaml.YAMLError as error:
+        raise SpecError([f"{place}: the value must be YAML, got {text!r}; quote it"]) from error
+    level = document.data
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = level.setdefault(key, {})
+        if not isinstance(inner, dict):
+            whole = ".".join(keys[:depth])
+            raise SpecError([f"{place}: {whole} holds {quoted(inner)} and has no fields; set it as a whole"])
+        level = inner
+    level[keys[-1]] = value
+    for known in [path for path in document.place_of if path[: len(keys)] == keys]:
+        del document.place_of[known]
+    document.place_of[keys] = place
+
+
+def _validated(document: _Document) -> Spec:
+    kind = document.data.get("kind")
+    model = KINDS.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        raise SpecError([text for _, text in document.problems] + [_kind_problem(document)])
+    try:
+        spec = model.model_validate(document.data)
+    except ValidationError as error:
+        problems = problems_of(error, model=model)
+    else:
+        if not document.problems:
+            return spec
+        problems = []
+    second: list[Problem] = []
+    try:
+        # Once more with the unknown fields renamed or removed: cross-field rules are only checked on known ones.
+        model.model_validate(without_unknown(document.data, problems))
+    except ValidationError as error:
+        second = problems_of(error, model=model)
+    raise SpecError(_told(document, _merged(problems, second)))
+
+
+def _kind_problem(document: _Document) -> str:
+    place, choices = document.place(("kind",)), ", ".join(KINDS)
+    if "kind" not in document.data:
+        return f"{document.name}:1: kind is required, one of {choices}"
+    kind = document.data["kind"]
+    return f"{place}: kind must be one of {choices}, got {quoted(kind)}{closest(str(kind), list(KINDS))}"
+
+
+def _merged(first: list[Problem], second: list[Problem]) -> list[Problem]:
+    suggested = {problem.renamed for problem in first if problem.renamed}
+    kept = [problem for problem in first if not (problem.is_missing and problem.path in suggested)]
+    known = {(problem.path, problem.message) for problem in first}
+    return kept + [problem for problem in second if (problem.path, problem.message) not in known]
+
+
+def _told(document: _Document, problems: list[Problem]) -> list[str]:
+    told = list(document.problems)
+    for problem in problems:
+        place = document.place(problem.path[:-1] if problem.is_missing else _mentioned(document, problem))
+        line = place.rpartition(":")[2]
+        told.append((0 if place.startswith("--set") else int(line), f"{place}: {problem.message}"))
+    return [text for _, text in sorted(told, key=lambda pair: pair[0])]
+
+
+def _mentioned(document: _Document, problem: Problem) -> KeyPath:
+    """Path of the field that a cross-field message begins with, where the spec has it; else the problem's own."""
+    words: KeyPath = tuple(problem.message.split(" ", 1)[0].rstrip(":").split("."))
+    return words if words in document.place_of else problem.path

@@ -1,0 +1,73 @@
+"""A Ray session: embedded in this process, or joined.
+
+`address: local` never follows a stale session of somebody else's and takes its Ray processes down with this one, also
+after a SIGKILL. Quiet by choice: no dashboard, no usage statistics, no metrics export; token authentication stays on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+
+import ray
+
+from pipeline.config import ClusterConfig
+
+OBJECT_STORE_BYTES = 200 * 2**20
+"""Shared memory of an embedded session; our tasks pass paths and counts, never images."""
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterator[None]:
+    """Run the body inside a Ray session; one that is already open in this process is used and left open.
+
+    Args:
+        config: the address and the size; an embedded session offers at least the CPUs that its workers ask for.
+        log_to_driver: whether what workers print appears here.
+
+    Raises:
+        ConnectionError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporter needs the dashboard agent
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a GPU-less worker keeps its environment
+    if ray.is_initialized():
+        yield
+        return
+    # Ray switches its token authentication on by itself for a new session and then warns that it did.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if config.address == "local":
+        _start_local(config, log_to_driver=log_to_driver)
+    else:
+        ray.init(address=config.address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+    logger.info("ray session: address=%s num_workers=%d", config.address, config.num_workers)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: ClusterConfig, *, log_to_driver: bool) -> None:
+    """Start an embedded session; once more where a busy machine let Ray's own start-up limit of 30 s pass."""
+    num_cpus = max(os.cpu_count() or 1, math.ceil(config.num_workers * config.cpus_per_worker) + 1)
+    for is_last_attempt in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                log_to_driver=log_to_driver,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if is_last_attempt or "timed out during startup" not in str(error):
+                raise
+            logger.warning("ray session: start-up timed out, trying once more; is the machine very busy?")

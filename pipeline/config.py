@@ -1,0 +1,89 @@
+"""What a source, a cluster, a shard reader and a `tokenize` job are, as validated values.
+
+Light: imports no torch and no ray.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from tokenization.config import Config, Fraction, TokenizerConfig, ViewsConfig
+
+
+class WebDatasetSource(Config):
+    """Tars of samples; one tar is one work unit."""
+
+    kind: Literal["webdataset"]
+    urls: tuple[str, ...]
+    """Tar paths; braces (`{00000..00009}`) and globs are expanded, the order is kept."""
+    class_names: str | None = None
+    """Text file with one class name a line, in label order; stored in the manifest."""
+
+
+class ImageFolderSource(Config):
+    """A class-per-folder tree of images; a fixed run of sorted files is one work unit."""
+
+    kind: Literal["image_folder"]
+    root: str
+    """Folder whose sub-folders are the classes, in sorted order (ImageFolder's rule)."""
+    samples_per_unit: PositiveInt = 1000
+    """Files per work unit."""
+
+
+Source = Annotated[WebDatasetSource | ImageFolderSource, Field(discriminator="kind")]
+
+
+class RulesConfig(Config):
+    """Rules that drop a sample on purpose; each is counted in the ledger."""
+
+    min_side_px: NonNegativeInt = 0
+    """Images with a shorter side are dropped."""
+    max_aspect_ratio: PositiveFloat | None = None
+    """Images whose longer side over shorter side is above it are dropped."""
+
+
+class ClusterConfig(Config):
+    """Where a job runs; the only section that differs between a laptop and a cluster."""
+
+    launcher: Literal["ray", "torchrun"] = "ray"
+    """`ray` starts the processes itself; `torchrun` (training only) expects to be started by torchrun."""
+    address: str = "local"
+    """Ray address: `local` embeds Ray in this process, `auto` joins the cluster of this machine, or `host:port`."""
+    num_workers: PositiveInt = 2
+    """Worker processes; in training, each is one rank."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPU cores that Ray sets aside for a worker; also its thread count (rounded down, at least 1)."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """GPUs that Ray sets aside for a worker."""
+
+
+class TokenizeConfig(Config):
+    """`kind: tokenize`: a corpus of images in, WebDataset shards of codes out."""
+
+    kind: Literal["tokenize"]
+    run_dir: str
+    """The shard set: shards/, ledger/, rejects/, manifest.json."""
+    source: Source
+    tokenizer: TokenizerConfig
+    views: ViewsConfig = ViewsConfig()
+    rules: RulesConfig = RulesConfig()
+    max_image_pixels: PositiveInt = 100_000_000
+    """Images with more pixels are rejected before they are decoded (decompression bombs)."""
+    max_attempts: PositiveInt = 3
+    """Times a work unit is tried before the job fails."""
+    max_rejected_fraction: Fraction = 0.1
+    """Share of samples that may be rejected before the finished job is called failed."""
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class LoaderConfig(Config):
+    """How shards become batches."""
+
+    shards: str
+    """Directory of a shard set (the `run_dir` of a tokenize job)."""
+    shuffle_window_shards: PositiveInt = 16
+    """Shards whose samples are shuffled together."""
+    seed: NonNegativeInt = 0
+    """Seed of the order; order = f(seed, epoch)."""

@@ -1,0 +1,48 @@
+"""Ray Train in front of the same loop: it trains and resumes, tells the error of a rank, leaves nothing behind."""
+
+from pathlib import Path
+
+import pytest
+from synthetic_shards import train_config, write_shard_set
+
+from jobs.launch import LaunchError, launch_training, worker_variables
+from pipeline.config import ClusterConfig
+from training.checkpoint import verify_checkpoint
+from training.metrics import read_metrics
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory that relative paths of specs start from."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_two_ranks_train_resume_and_then_have_nothing_to_do(work_dir: Path) -> None:
+    write_shard_set(work_dir / "set")
+    config = train_config(Path("runs/base"), shards=Path("set"), num_steps=4)
+    result = launch_training(config)
+    assert (result.step, result.is_finished) == (4, True)
+    assert verify_checkpoint(result.checkpoint) == []
+    longer = config.model_copy(update={"num_steps": 6, "optimizer": config.optimizer})
+    assert launch_training(longer).step == 6
+    assert [line["step"] for line in read_metrics(work_dir / "runs" / "base")] == [1, 2, 3, 4, 5, 6]
+    lines = read_metrics(work_dir / "runs" / "base")
+    assert launch_training(longer).checkpoint.name == "step_00000006"
+    assert read_metrics(work_dir / "runs" / "base") == lines
+    assert not (work_dir / "runs" / "base" / "ray").exists()
+
+
+def test_error_of_a_rank_is_the_error_of_the_launch(work_dir: Path) -> None:
+    write_shard_set(work_dir / "set", label=4)
+    config = train_config(work_dir / "run", shards=work_dir / "set")
+    with pytest.raises(LaunchError, match=r"rank \d failed: .*labels must be below model\.num_classes = 4, got 4"):
+        launch_training(config)
+    assert "labels must be below" in (work_dir / "run" / "logs" / "rank_00000.log").read_text()
+
+
+def test_ranks_without_a_gpu_compute_on_their_own_cores_only() -> None:
+    variables = worker_variables(ClusterConfig(cpus_per_worker=2.5))
+    assert variables["OMP_NUM_THREADS"] == "2"
+    assert variables["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in worker_variables(ClusterConfig(gpus_per_worker=1.0))

@@ -1,0 +1,176 @@
+"""Two gloo ranks under torchrun: what a run leaves behind, resuming, accumulation, every ZeRO stage, SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic_shards import train_config, write_shard_set
+
+from training.checkpoint import list_checkpoints, newest_whole_checkpoint, read_record, verify_checkpoint
+from training.config import TrainConfig
+from training.metrics import read_metrics
+
+SCRIPT = Path(__file__).parents[1] / "run_training.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+PURE_FIELDS = ("step", "split", "loss", "loss_of_offset", "accuracy_of_offset", "grad_norm", "own_draft_loss_0")
+
+
+def start(config: TrainConfig, *, num_ranks: int = 2) -> subprocess.Popen[str]:
+    spec = Path(config.run_dir).with_suffix(".json")
+    spec.write_text(config.model_dump_json())
+    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", str(SCRIPT), str(spec)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(config: TrainConfig, *, num_ranks: int = 2) -> tuple[int, str]:
+    process = start(config, num_ranks=num_ranks)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def measured(run_dir: Path) -> list[dict[str, Any]]:
+    return [{name: line[name] for name in PURE_FIELDS if name in line} for line in read_metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sets")
+    write_shard_set(root / "held_out", samples_per_shard=(20,), first_sample=1000)
+    return write_shard_set(root / "train")
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps, ZeRO-2, bfloat16, validated every 6 steps."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    code, output = run(config_of(run_dir, shards))
+    assert code == 0, output
+    return run_dir
+
+
+def config_of(run_dir: Path, shards: Path, **changes: Any) -> TrainConfig:
+    validation = {"shards": str(shards.parent / "held_out"), "every_n_steps": 6, "num_samples": 19}
+    settings = {"validation": validation, "cluster__launcher": "torchrun"} | changes
+    return train_config(run_dir, shards=shards, **settings)
+
+
+def test_run_leaves_whole_checkpoints_and_one_line_per_step(finished: Path) -> None:
+    assert [path.name for path in list_checkpoints(finished)] == ["step_00000008", "step_00000012"]
+    assert [verify_checkpoint(path) for path in list_checkpoints(finished)] == [[], []]
+    record = read_record(list_checkpoints(finished)[-1])
+    assert (record.step, record.samples_consumed, record.world_size, record.zero_stage) == (12, 192, 2, 2)
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in lines if line["split"] == "validation"] == [6, 12]
+    assert lines[0]["loss"] == pytest.approx(2.7725887)  # ln 16: the head begins at zero
+    assert lines[-1]["loss"] < 2.6
+    assert len(lines[-1]["loss_of_offset"]) == len(lines[-1]["accuracy_of_offset"]) == 4
+    assert (finished / "logs" / "rank_00001.log").exists()
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_weights_are_whole_and_finer_than_bfloat16(finished: Path) -> None:
+    checkpoint = newest_whole_checkpoint(finished)
+    assert checkpoint is not None
+    weights = load_file(checkpoint / "model.safetensors")
+    assert weights["base.layers.0.attention.wqkv.weight"].shape == (96, 32)
+    changed = [name for name, weight in weights.items() if not torch.equal(weight, weight.bfloat16().float())]
+    assert len(changed) > 20
+
+
+def test_finished_run_started_again_does_nothing(finished: Path, shards: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.suffix != ".log"}
+    code, output = run(config_of(finished, shards))
+    assert code == 0, output
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert after == before
+
+
+def test_other_number_of_ranks_is_refused_with_both_numbers(finished: Path, shards: Path) -> None:
+    code, output = run(config_of(finished, shards, num_steps=14), num_ranks=1)
+    assert code != 0
+    assert "as many ranks as wrote it = 2, got 1; set cluster.num_workers: 2" in output
+
+
+def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "damaged"
+    code, output = run(config_of(run_dir, shards, num_steps=8, optimizer__schedule="constant"))
+    assert code == 0, output
+    newest = list_checkpoints(run_dir)[-1] / "engine" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(newest.read_bytes())
+    data[-1000] ^= 4
+    newest.write_bytes(bytes(data))
+    first_losses = measured(run_dir)
+    code, output = run(config_of(run_dir, shards, num_steps=8, optimizer__schedule="constant"))
+    assert code == 0, output
+    assert f"{newest.parent.parent.name}/engine/{newest.name}: sha256 differs" in output
+    assert measured(run_dir) == first_losses
+    assert verify_checkpoint(newest.parent.parent) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (3, "float32"), (3, "bfloat16")])
+def test_every_zero_stage_resumes_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int, dtype: str) -> None:
+    changes = {"engine__zero_stage": zero_stage, "engine__dtype": dtype, "optimizer__schedule": "constant"}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(config_of(whole, shards, num_steps=6, **changes))[0] == 0
+    for num_steps in (3, 6):
+        code, output = run(config_of(halves, shards, num_steps=num_steps, **changes))
+        assert code == 0, output
+    expected = [line for line in measured(whole) if line["split"] == "train"]
+    assert [line for line in measured(halves) if line["split"] == "train"] == expected
+
+
+@pytest.mark.slow
+def test_accumulated_micro_batches_and_one_rank_train_like_two(shards: Path, tmp_path: Path) -> None:
+    changes = {"engine__dtype": "float32", "model__dropout": 0.0, "num_steps": 5, "validation": None}
+    losses = []
+    for name, micro_batch_size, num_ranks in (("two", None, 2), ("accumulated", 2, 2), ("one", 4, 1)):
+        config = config_of(tmp_path / name, shards, engine__micro_batch_size=micro_batch_size, **changes)
+        assert run(config, num_ranks=num_ranks)[0] == 0
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "stopped"
+    config = config_of(run_dir, shards, num_steps=2000, checkpoint__every_n_steps=1000, validation=None)
+    process = start(config)
+    deadline = time.monotonic() + 100
+    while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for rank in ranks_of(process.pid):
+        os.kill(rank, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    assert "exitcode  : 75" in output
+    (checkpoint,) = list_checkpoints(run_dir)
+    step = read_record(checkpoint).step
+    assert step == read_metrics(run_dir)[-1]["step"]
+    code, output = run(config.model_copy(update={"num_steps": step + 2}))
+    assert code == 0, output
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, step + 3))
+
+
+def ranks_of(torchrun: int) -> list[int]:
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_model_that_does_not_fit_the_codes_is_refused(shards: Path, tmp_path: Path) -> None:
+    code, output = run(config_of(tmp_path / "wrong", shards, model__codebook_size=17), num_ranks=1)
+    assert code != 0
+    assert "model.codebook_size must be that of the codes = 16, got 17; set model.codebook_size: 16" in output
+    assert json.loads((tmp_path / "wrong.json").read_text())["model"]["codebook_size"] == 17

@@ -1,0 +1,207 @@
+"""Verify finds every kind of damage; a rerun does again what is not as its record says; other jobs are refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import TokenizeConfig
+from pipeline.ledger import LedgerRecord, Manifest, read_manifest, verify_shard_set
+from pipeline.rejects import Counts, Reject, add_counts, count
+from pipeline.resume import check_identity, find_finished
+from pipeline.sources import plan
+from pipeline.storage import ArtifactError
+from tokenization.tokenizer import Tokenizer
+from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar, write_tars, write_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a corpus (`tars/`), a tokenizer and the finished set (`set/`) of 3 units, one bad sample."""
+    root = tmp_path_factory.mktemp("finished")
+    write_tiny_tokenizer(root / "tiny.safetensors")
+    write_tars(root / "tars", num_tars=2, samples_per_tar=5)
+    write_tar(root / "tars" / "00002.tar", [*sample_members(10), ("bad.png", b"no image"), *sample_members(11)])
+    tokenize_here(config_of(root))
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)  # copies modification times too
+    return tmp_path
+
+
+def config_of(root: Path, **fields: Any) -> TokenizeConfig:
+    source = {"kind": "webdataset", "urls": [f"{root}/tars/{{00000..00002}}.tar"]}
+    return tokenize_config(root / "set", source=source, weights=root / "tiny.safetensors", **fields)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def rename_keys(shards: Path) -> None:
+    shutil.copy(shards / "00000.tar", shards / "00001.tar")
+
+
+def test_a_finished_set_is_whole(root: Path) -> None:
+    assert verify_shard_set(root / "set") == []
+    assert read_manifest(root / "set").totals.num_rejected == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda s: (s / "shards/00001.tar").unlink(), "00001.tar is missing"),
+        (lambda s: (s / "shards/00001.tar.idx").unlink(), "00001.tar.idx is missing"),
+        (lambda s: os.truncate(s / "shards/00001.tar", 5000), "must have"),
+        (lambda s: flip_a_byte(s / "shards/00001.tar"), "sha256 differs from its ledger record (want "),
+        (lambda s: os.truncate(s / "shards/00001.tar.idx", 8), "must have 6 offsets"),
+        (lambda s: rename_keys(s / "shards"), "keys must begin 00001"),
+        (lambda s: shutil.copy(s / "shards/00001.tar", s / "shards/00003.tar"), "no ledger record speaks of it"),
+        (lambda s: (s / "ledger/00001.json").unlink(), "unit 1 must come next, got 00002.json"),
+        (lambda s: (s / "ledger/00002.json").unlink(), "must list the ledger's 2 shards, got 3"),
+        (lambda s: (s / "ledger/00001.json").write_text("{"), "ledger/00001.json"),
+        (lambda s: (s / "rejects/00002.parquet").unlink(), "its rejects are missing"),
+        (lambda s: (s / "rejects/00002.parquet").write_text("x"), "must be a rejects table"),
+        (lambda s: shutil.copy(s / "rejects/00002.parquet", s / "rejects/00000.parquet"), "no ledger record speaks"),
+        (lambda s: (s / "shards/.staged-00007.tar-1-a").write_text("x"), "staged leftover .staged-00007.tar-1-a"),
+        (lambda s: (s / "manifest.json").unlink(), "finish the tokenize job"),
+        (lambda s: edit_json(s / "manifest.json", lambda m: m.update(version=2)), "version"),
+        (lambda s: edit_json(s / "manifest.json", lambda m: m.update(num_samples=11)), "got 11 of 13"),
+        (
+            lambda s: edit_json(s / "manifest.json", lambda m: m["shards"].pop()),
+            "must list the ledger's 3 shards, got 2",
+        ),
+        (lambda s: edit_json(s / "manifest.json", lambda m: m.update(codes_per_image=9)), "must be uint16 (1, 9)"),
+        (
+            lambda s: edit_json(s / "manifest.json", lambda m: m["fingerprint"].update(batch_size=9)),
+            "must be the manifest's",
+        ),
+        (
+            lambda s: edit_json(s / "ledger/00000.json", lambda r: r["counts"].update(num_read=6)),
+            "read must be written",
+        ),
+        (
+            lambda s: edit_json(s / "ledger/00000.json", lambda r: r["shard"].update(num_samples=4)),
+            "must have 5 offsets",
+        ),
+    ],
+)
+def test_verify_finds(root: Path, damage: Callable[[Path], object], expected: str) -> None:
+    damage(root / "set")
+    problems = verify_shard_set(root / "set")
+    assert any(expected in problem for problem in problems), problems
+    assert all("\n" not in problem for problem in problems)
+
+
+def finished_units(root: Path) -> list[int]:
+    the_plan = plan(config_of(root).source)
+    digest = Tokenizer.load(config_of(root).tokenizer).fingerprint.digest
+    return sorted(find_finished(root / "set", plan=the_plan, fingerprint_digest=digest))
+
+
+def rewrite_same_size(path: Path) -> None:
+    data = path.read_bytes()
+    assert b"thing 7" in data
+    path.write_bytes(data.replace(b"thing 7", b"thing 8"))
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (lambda r: None, [0, 1, 2]),
+        (lambda r: os.utime(r / "tars/00001.tar", (1, 1)), [0, 1, 2]),
+        (lambda r: os.utime(r / "set/shards/00001.tar", (1, 1)), [0, 1, 2]),
+        (lambda r: rewrite_same_size(r / "tars/00001.tar"), [0, 2]),
+        (lambda r: write_tars(r / "tars", num_tars=1, samples_per_tar=20), [1, 2]),
+        (lambda r: (r / "set/shards/00001.tar").unlink(), [0, 2]),
+        (lambda r: (r / "set/shards/00001.tar.idx").unlink(), [0, 2]),
+        (lambda r: flip_a_byte(r / "set/shards/00001.tar"), [0, 2]),
+        (lambda r: (r / "set/rejects/00002.parquet").unlink(), [0, 1]),
+        (lambda r: (r / "set/ledger/00000.json").unlink(), [1, 2]),
+        (lambda r: (r / "set/ledger/00000.json").write_text("torn"), [1, 2]),
+    ],
+)
+def test_a_rerun_skips_only_what_is_as_its_record_says(
+    root: Path, change: Callable[[Path], object], left: list[int]
+) -> None:
+    change(root)
+    assert finished_units(root) == left
+
+
+def test_a_unit_of_another_file_is_refused(root: Path) -> None:
+    (root / "tars" / "00001.tar").rename(root / "tars" / "other.tar")
+    source = {"kind": "webdataset", "urls": [f"{root}/tars/{name}.tar" for name in ("00000", "other", "00002")]}
+    config = tokenize_config(root / "set", source=source, weights=root / "tiny.safetensors")
+    digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    with pytest.raises(ArtifactError, match=r"unit 1 was made from '00001\.tar', got 'other\.tar'"):
+        find_finished(root / "set", plan=plan(config.source), fingerprint_digest=digest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"views": {"kind": "flip"}}, "views.kind 'center' -> 'flip'"),
+        ({"rules": {"min_side_px": 8}}, "rules.min_side_px 0 -> 8"),
+        ({"max_image_pixels": 5}, "max_image_pixels 100000000 -> 5"),
+    ],
+)
+def test_another_job_in_the_same_directory_is_refused_naming_the_fields(
+    root: Path, fields: dict[str, Any], expected: str
+) -> None:
+    config = config_of(root, **fields)
+    fingerprint = Tokenizer.load(config.tokenizer).fingerprint
+    with pytest.raises(ArtifactError) as caught:
+        check_identity(root / "set", config=config, plan=plan(config.source), fingerprint=fingerprint)
+    assert expected in str(caught.value)
+
+
+def test_another_tokenizer_in_the_same_directory_is_refused_naming_the_fields(root: Path) -> None:
+    write_tiny_tokenizer(root / "tiny.safetensors", seed=1)
+    config = config_of(root)
+    fingerprint = Tokenizer.load(config.tokenizer).fingerprint
+    with pytest.raises(ArtifactError, match=r"got fingerprint\.weights_sha256 '\w+' -> '\w+'; use another run_dir"):
+        check_identity(root / "set", config=config, plan=plan(config.source), fingerprint=fingerprint)
+
+
+def test_counts_that_do_not_balance_cannot_be_made() -> None:
+    good = {"num_read": 3, "num_written": 1, "num_dropped": 1, "num_rejected": 1}
+    reasons = {"dropped_by_reason": {"min_side_px": 1}, "rejected_by_reason": {"decode/empty": 1}}
+    assert add_counts([Counts(**good, **reasons)] * 2).rejected_by_reason == {"decode/empty": 2}
+    with pytest.raises(ValidationError, match="written \\+ dropped \\+ rejected = 3, got 4"):
+        Counts(**(good | {"num_read": 4}), **reasons)
+    with pytest.raises(ValidationError, match="add up to num_rejected"):
+        Counts(**good, **(reasons | {"rejected_by_reason": {}}))
+
+
+def test_counts_come_from_the_rejects() -> None:
+    stages = [("rule", "min_side_px"), ("decode", "empty"), ("rule", "min_side_px")]
+    rejects = [Reject(key="0", source="a", stage=stage, reason=reason, detail="") for stage, reason in stages]
+    assert count(rejects, num_written=4) == Counts(
+        num_read=7,
+        num_written=4,
+        num_dropped=2,
+        num_rejected=1,
+        dropped_by_reason={"min_side_px": 2},
+        rejected_by_reason={"decode/empty": 1},
+    )
+
+
+def test_every_field_on_disk_is_described() -> None:
+    for model in (LedgerRecord, Manifest, Counts):
+        assert all(field.description for name, field in model.model_fields.items())

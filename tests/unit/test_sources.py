@@ -1,0 +1,97 @@
+"""Plans: the same files give the same units, keys fit, and what is missing is named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ImageFolderSource, WebDatasetSource
+from pipeline.sources import plan
+from pipeline.storage import ArtifactError
+from toy_corpus import write_folder, write_tars
+
+
+def tars(*urls: str, class_names: str | None = None) -> WebDatasetSource:
+    return WebDatasetSource(kind="webdataset", urls=urls, class_names=class_names)
+
+
+def folder(root: Path, samples_per_unit: int = 1000) -> ImageFolderSource:
+    return ImageFolderSource(kind="image_folder", root=str(root), samples_per_unit=samples_per_unit)
+
+
+def test_one_tar_is_one_unit_and_the_order_of_the_urls_is_kept(tmp_path: Path) -> None:
+    write_tars(tmp_path / "a", num_tars=3)
+    write_tars(tmp_path / "b", num_tars=2)
+    units = plan(tars(f"{tmp_path}/b/*.tar", f"{tmp_path}/a/{{00002,00000}}.tar")).units
+    assert [Path(unit.paths[0]).relative_to(tmp_path).as_posix() for unit in units] == [
+        "b/00000.tar",
+        "b/00001.tar",
+        "a/00002.tar",
+        "a/00000.tar",
+    ]
+    assert [unit.unit_index for unit in units] == [0, 1, 2, 3]
+
+
+def test_keys_are_unit_then_position_and_wide_enough_for_the_largest_tar(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, num_tars=2, samples_per_tar=3)
+    with (tmp_path / "00001.tar").open("ab") as file:
+        file.truncate(5_000 * 1024)  # at most 5000 samples: positions 0..4999
+    keys = plan(tars(pattern)).keys
+    assert keys.key(1, 4999) == "000014999"
+    assert keys.stem(1) == "00001"
+
+
+def test_folder_keys_are_as_wide_as_the_samples_of_a_unit(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "tree")
+    assert plan(folder(root, samples_per_unit=1000)).keys.key(0, 7) == "00000007"
+    assert plan(folder(root, samples_per_unit=1001)).keys.key(0, 7) == "000000007"
+
+
+def test_folder_order_is_that_of_image_folder(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/10.JPG", "b/deep/1.png", "b/notes.txt", "A/z.webp", "c/x.jpeg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    the_plan = plan(folder(tmp_path, samples_per_unit=3))
+    assert the_plan.class_names == ("A", "b", "c")
+    assert [unit.sources for unit in the_plan.units] == [
+        ("A/z.webp", "b/10.JPG", "b/2.png"),
+        ("b/deep/1.png", "c/x.jpeg"),
+    ]
+    assert [unit.labels for unit in the_plan.units] == [(0, 1, 1), (1, 2)]
+
+
+def test_a_moved_corpus_keeps_its_fingerprints_and_a_grown_file_changes_one(tmp_path: Path) -> None:
+    write_tars(tmp_path / "a", num_tars=2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = [unit.fingerprint for unit in plan(tars(f"{tmp_path}/a/*.tar")).units]
+    assert [unit.fingerprint for unit in plan(tars(f"{tmp_path}/b/*.tar")).units] == before
+    with (tmp_path / "b" / "00001.tar").open("ab") as file:
+        file.write(bytes(512))
+    after = [unit.fingerprint for unit in plan(tars(f"{tmp_path}/b/*.tar")).units]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+
+
+def test_class_names_of_tars_come_from_their_file(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, num_tars=1)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    the_plan = plan(tars(pattern, class_names=str(tmp_path / "classes.txt")))
+    assert the_plan.class_names == ("cat", "dog")
+    assert the_plan.units[0].num_classes == 2
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path / "t", num_tars=1)
+    with pytest.raises(ArtifactError, match="must match a tar"):
+        plan(tars(f"{tmp_path}/none/*.tar"))
+    with pytest.raises(ArtifactError, match=r"00007\.tar"):
+        plan(tars(f"{tmp_path}/t/00007.tar"))
+    with pytest.raises(ArtifactError, match="listed once"):
+        plan(tars(pattern, f"{tmp_path}/t/*.tar"))
+    with pytest.raises(ArtifactError, match=r"class_names.*nope\.txt"):
+        plan(tars(pattern, class_names=f"{tmp_path}/nope.txt"))
+    with pytest.raises(ArtifactError, match="must be a folder"):
+        plan(folder(tmp_path / "no"))
+    (tmp_path / "tree" / "empty").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="tree/empty"):
+        plan(folder(tmp_path / "tree"))

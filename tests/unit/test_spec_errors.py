@@ -1,0 +1,159 @@
+"""What a person reads when a spec is wrong: every problem at once, with its place and a suggestion."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.spec import SpecError, load_spec
+
+TRAIN = """\
+kind: train
+run_dir: runs/x
+data: {shards: runs/codes}
+model: {size: B, window_size: 4}
+num_steps: 5
+"""
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, overrides)
+    assert "\n".join(caught.value.problems) == str(caught.value)
+    return [problem.replace(f"{path}", "spec.yaml") for problem in caught.value.problems]
+
+
+def test_all_problems_of_a_file_are_told_at_once_in_line_order(tmp_path: Path) -> None:
+    text = """\
+kind: train
+run_dir: runs/x
+num_step: 5e3
+data:
+  shards: runs/codes
+  shuffle_window_shards: 0
+  seeed: 4
+model:
+  num_layers: abc
+  num_heads: 6
+  num_heads: 7
+  window_size: 2.5
+optimizer: {betas: [0.9], learning_rate: -1, schedule: cosin}
+engine: 5
+noise:
+  offset_weights: 3
+cluster:
+  num_workers: 1.5
+  nodes: 3
+"""
+    assert problems(tmp_path, text) == [
+        "spec.yaml:3: num_step is not a field; did you mean num_steps?",
+        "spec.yaml:6: data.shuffle_window_shards must be above 0, got 0",
+        "spec.yaml:7: data.seeed is not a field; did you mean seed?",
+        "spec.yaml:9: model.num_layers must be a whole number, got 'abc'",
+        "spec.yaml:11: model.num_heads is given twice, first on line 10; keep one",
+        "spec.yaml:12: model.window_size must be a whole number, got 2.5",
+        "spec.yaml:13: optimizer.learning_rate must be above 0, got -1",
+        "spec.yaml:13: optimizer.betas must have more values, got [0.9]",
+        "spec.yaml:13: optimizer.schedule must be one of constant, cosine, got 'cosin'; did you mean cosine?",
+        "spec.yaml:14: engine must be a group of fields, got 5",
+        "spec.yaml:16: noise.offset_weights must be a list, got 3",
+        "spec.yaml:18: cluster.num_workers must be a whole number, got 1.5",
+        "spec.yaml:19: cluster.nodes is not a field; "
+        "the fields here are launcher, address, num_workers, cpus_per_worker, gpus_per_worker",
+    ]
+
+
+def test_a_misspelled_field_does_not_hide_cross_field_problems(tmp_path: Path) -> None:
+    text = TRAIN.replace("num_steps", "num_stps") + "noise:\n  schedule: linear\n  offset_weights: [1, 2]\n"
+    assert problems(tmp_path, text) == [
+        "spec.yaml:5: num_stps is not a field; did you mean num_steps?",
+        "spec.yaml:8: noise.offset_weights must have model.window_size = 4 values, got 2",
+    ]
+
+
+def test_a_rule_of_a_group_names_the_group(tmp_path: Path) -> None:
+    text = TRAIN.replace("{size: B, window_size: 4}", "{size: B, model_dim: 64}")
+    message = "model: size 'B' fixes num_layers, num_heads and model_dim; remove them or the size"
+    assert problems(tmp_path, text) == [f"spec.yaml:4: {message}"]
+
+
+def test_a_missing_field_is_told_with_its_meaning(tmp_path: Path) -> None:
+    text = TRAIN.replace("num_steps: 5\n", "")
+    assert problems(tmp_path, text) == ["spec.yaml:1: num_steps is required: Optimiser steps of the whole run"]
+    text = "kind: tokenize\nrun_dir: x\ntokenizer: {weights: a}\nsource:\n  kind: webdataset\n"
+    meaning = "Tar paths; braces (`{00000..00009}`) and globs are expanded, the order is kept"
+    assert problems(tmp_path, text) == [f"spec.yaml:4: source.urls is required: {meaning}"]
+
+
+def test_unions_are_told_by_their_kinds(tmp_path: Path) -> None:
+    text = "kind: tokenize\nrun_dir: x\nsource:\n  kind: web_dataset\ntokenizer: {weights: x, network: vq15}\n"
+    assert problems(tmp_path, text) == [
+        "spec.yaml:3: source must have kind: one of webdataset, image_folder, got 'web_dataset'; "
+        "did you mean webdataset?",
+        "spec.yaml:5: tokenizer.network must be one of vq16, vq8, got 'vq15'; did you mean vq16?",
+    ]
+
+
+def test_fields_of_a_union_member_get_suggestions_of_that_member(tmp_path: Path) -> None:
+    text = "kind: tokenize\nrun_dir: x\nsource:\n  kind: image_folder\n  rot: y\ntokenizer: {weights: x}\n"
+    assert problems(tmp_path, text) == ["spec.yaml:5: source.rot is not a field; did you mean root?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "spec.yaml:1: the spec is empty; begin with kind: and one of fit_tokenizer, tokenize, train, sample"),
+        ("- 1\n", "spec.yaml:1: a spec must be a mapping of fields, got [1]"),
+        ("run_dir: x\n", "spec.yaml:1: kind is required, one of fit_tokenizer, tokenize, train, sample"),
+        (
+            "# a comment\nkind: trian\n",
+            "spec.yaml:2: kind must be one of fit_tokenizer, tokenize, train, sample, got 'trian'; did you mean train?",
+        ),
+        (
+            "kind: train\na: [1,\nb: 2\n",
+            "spec.yaml:4: not valid YAML: expected ',' or ']', but got '<stream end>'; "
+            "mend the line or the one before it",
+        ),
+        ("kind: &a train\nb: *a\n", "spec.yaml:2: *a is an alias, which specs do not have; write the value out"),
+        (
+            "kind: train\na: !!python/object:os.system x\n",
+            "spec.yaml:2: not valid YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object:os.system'; mend the line or the one before it",
+        ),
+    ],
+)
+def test_what_is_no_spec_at_all_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    assert problems(tmp_path, text) == [message]
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nope\.yaml: reading the spec: no such file or directory; check the path"):
+        load_spec(tmp_path / "nope.yaml")
+
+
+def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(TRAIN)
+    overrides = ["num_steps=7", "optimizer.learning_rate=1e-3", "noise.offset_weights=[1, 0, 0, 0]", "warm_start=null"]
+    spec = load_spec(path, overrides)
+    assert spec.kind == "train"
+    assert spec.num_steps == 7
+    assert spec.optimizer.learning_rate == 0.001
+    assert spec.noise.offset_weights == (1.0, 0.0, 0.0, 0.0)
+    assert spec.model.window_size == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.window_sze=2", "model.window_sze is not a field; did you mean window_size?"),
+        ("num_steps=many", "num_steps must be a whole number, got 'many'"),
+        ("num_steps", "an override must be field=value or group.field=value, got 'num_steps'"),
+        ("model.size.x=3", "model.size holds 'B' and has no fields; set it as a whole"),
+        ("model.size=[", "the value must be YAML, got '['; quote it"),
+        ("noise.offset_weights=[1]", "noise.offset_weights must have model.window_size = 4 values, got 1"),
+    ],
+)
+def test_a_problem_of_an_override_names_the_override(tmp_path: Path, override: str, message: str) -> None:
+    assert problems(tmp_path, TRAIN, override) == [f"--set {override}: {message}"]

@@ -1,0 +1,165 @@
+"""One work unit: codes as by hand, every sample accounted for, the record last."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import worker as worker_module
+from pipeline.config import RulesConfig, TokenizeConfig
+from pipeline.ledger import LedgerRecord, read_record
+from pipeline.rejects import read_rejects
+from pipeline.shards import read_shard
+from pipeline.sources import plan
+from pipeline.storage import ArtifactError, find_staged
+from pipeline.worker import UnitTokenizer, broken_rule
+from tokenization.crops import decode_image, make_views
+from tokenization.tokenizer import Tokenizer
+from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+def config_of(tmp_path: Path, weights: Path, **fields: Any) -> TokenizeConfig:
+    source = {"kind": "webdataset", "urls": [str(tmp_path / "00000.tar")]}
+    return tokenize_config(tmp_path / "set", source=source, weights=weights, **fields)
+
+
+def run(config: TokenizeConfig) -> LedgerRecord:
+    the_plan = plan(config.source)
+    digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    return UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=digest).run(the_plan.units[0])
+
+
+@pytest.mark.parametrize(("views", "num_views"), [("center", 1), ("flip", 2), ("ten_crop", 10)])
+def test_codes_are_those_of_full_batches_over_all_views_in_order(
+    tmp_path: Path, weights: Path, views: str, num_views: int
+) -> None:
+    write_tar(tmp_path / "00000.tar", [member for number in range(7) for member in sample_members(number)])
+    config = config_of(tmp_path, weights, views={"kind": views})
+    record = run(config)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    images = [
+        image
+        for number in range(7)
+        for image in make_views(
+            decode_image(png(number), max_pixels=10_000), config=config.views, image_size_px=16
+        ).images_VHWC
+    ]
+    by_hand = np.concatenate([tokenizer.encode(np.stack(images[i : i + 4])) for i in range(0, len(images), 4)])
+    shard = list(read_shard(tmp_path / "set" / "shards" / "00000.tar"))
+    np.testing.assert_array_equal(
+        np.stack([sample.codes_VT for sample in shard]), by_hand.reshape(7, num_views, tokenizer.codes_per_image)
+    )
+    assert len(np.unique(by_hand)) > 10
+    assert record.counts.num_written == record.counts.num_read == 7
+
+
+def test_metadata_tells_where_a_sample_comes_from(tmp_path: Path, weights: Path) -> None:
+    write_tar(tmp_path / "00000.tar", sample_members(4, style="flat"))
+    run(config_of(tmp_path, weights))
+    (sample,) = read_shard(tmp_path / "set" / "shards" / "00000.tar")
+    views = sample.metadata.pop("views")
+    assert [view["flipped"] for view in views] == [False]
+    assert len(views[0]["box_px"]) == 4
+    assert sample.metadata == {
+        "caption": "thing 4",
+        "label": 1,
+        "width": 40,
+        "height": 36,
+        "source": "s0004",
+        "extra": {"group": "toys", "style": "flat"},
+    }
+
+
+def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, weights: Path) -> None:
+    members = [
+        *sample_members(0),
+        ("torn.png", png(1)[:-40]),
+        ("text.png", b"not an image"),
+        ("label.png", png(2)),
+        ("label.cls", b"x"),
+        ("small.png", png(3, width=20, height=12)),
+        ("huge.png", png(4, width=90, height=90)),
+        ("long.png", png(5, width=100, height=20)),
+        *sample_members(9),
+    ]
+    write_tar(tmp_path / "00000.tar", members)
+    rules = {"min_side_px": 16, "max_aspect_ratio": 4.0}
+    record = run(config_of(tmp_path, weights, rules=rules, max_image_pixels=5000))
+    rejects = read_rejects(tmp_path / "set" / "rejects" / "00000.parquet")
+    assert [(reject.key, reject.source, reject.stage, reject.reason) for reject in rejects] == [
+        ("0000001", "torn", "decode", "truncated"),
+        ("0000002", "text", "decode", "unknown_format"),
+        ("0000003", "label", "read", "bad_label"),
+        ("0000004", "small", "rule", "min_side_px"),
+        ("0000005", "huge", "decode", "too_many_pixels"),
+        ("0000006", "long", "rule", "max_aspect_ratio"),
+    ]
+    assert [sample.key for sample in read_shard(tmp_path / "set" / "shards" / "00000.tar")] == ["0000000", "0000007"]
+    assert record.counts.model_dump() == {
+        "num_read": 8,
+        "num_written": 2,
+        "num_dropped": 2,
+        "num_rejected": 4,
+        "dropped_by_reason": {"max_aspect_ratio": 1, "min_side_px": 1},
+        "rejected_by_reason": {
+            "decode/too_many_pixels": 1,
+            "decode/truncated": 1,
+            "decode/unknown_format": 1,
+            "read/bad_label": 1,
+        },
+    }
+    assert read_record(tmp_path / "set" / "ledger" / "00000.json") == record
+
+
+def test_a_unit_without_a_good_sample_has_a_record_and_no_shard(tmp_path: Path, weights: Path) -> None:
+    write_tar(tmp_path / "00000.tar", sample_members(0))
+    run(config_of(tmp_path, weights))
+    write_tar(tmp_path / "00000.tar", [("a.png", b"")])
+    record = run(config_of(tmp_path, weights))
+    assert record.shard is None
+    assert record.counts.num_rejected == record.counts.num_read == 1
+    assert list((tmp_path / "set" / "shards").iterdir()) == []
+
+
+def test_a_torn_tar_commits_nothing_and_takes_the_old_record_away(tmp_path: Path, weights: Path) -> None:
+    path = write_tar(tmp_path / "00000.tar", [member for number in range(9) for member in sample_members(number)])
+    run(config_of(tmp_path, weights))
+    path.write_bytes(path.read_bytes()[: 12 * 1024])
+    with pytest.raises(ArtifactError, match=r"00000\.tar"):
+        run(config_of(tmp_path, weights))
+    assert not (tmp_path / "set" / "ledger" / "00000.json").exists()
+    assert find_staged(tmp_path) == []
+
+
+def test_other_weights_on_a_worker_are_refused(tmp_path: Path, weights: Path) -> None:
+    write_tar(tmp_path / "00000.tar", sample_members(0))
+    config = config_of(tmp_path, weights)
+    with pytest.raises(ArtifactError, match="must be 0123456789abcdef everywhere"):
+        UnitTokenizer(config, keys=plan(config.source).keys, fingerprint_digest="0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("width_px", "height_px", "expected"),
+    [(32, 32, None), (31, 64, "min_side_px"), (64, 31, "min_side_px"), (96, 32, None), (97, 32, "max_aspect_ratio")],
+)
+def test_rules_are_inclusive_at_their_limit(width_px: int, height_px: int, expected: str | None) -> None:
+    assert broken_rule(width_px, height_px, rules=RulesConfig(min_side_px=32, max_aspect_ratio=3.0)) == expected
+
+
+def test_the_thread_ahead_keeps_the_order_and_hands_over_errors() -> None:
+    assert list(worker_module._in_thread(iter(range(100)))) == list(range(100))
+
+    def failing() -> Any:
+        yield 1
+        raise OSError("disk gone")
+
+    values = worker_module._in_thread(failing())
+    assert next(values) == 1
+    with pytest.raises(OSError, match="disk gone"):
+        next(values)

@@ -1,0 +1,128 @@
+"""What a tokenizer, a view and a `fit_tokenizer` job are, as validated values.
+
+Light: imports no torch, so that `tensorar validate` answers at once. `Config` is the base of every config of the
+project: frozen, and an unknown field is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown fields are errors, attribute docstrings are the field descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class VQConfig(Config):
+    """Shape of a LlamaGen-style VQ network; the defaults are LlamaGen's VQ-16."""
+
+    codebook_size: PositiveInt = 16384
+    """Entries of the codebook."""
+    code_dim: PositiveInt = 8
+    """Dimensions of one codebook entry."""
+    channels: PositiveInt = 128
+    """Channels at the highest resolution; a multiple of num_norm_groups."""
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level over `channels`, highest resolution first; each level after the first halves the side."""
+    num_res_blocks: PositiveInt = 2
+    """Residual blocks per encoder level; the decoder has one more."""
+    num_norm_groups: PositiveInt = 32
+    """Groups of every GroupNorm. With one channel per group, an image's colours are normalised away: keep four."""
+    z_channels: PositiveInt = 256
+    """Channels between encoder and quantiser."""
+    stem_patch_px: PositiveInt = 1
+    """Side in px of the space-to-depth patch before the encoder and after the decoder; 1 is LlamaGen's (none)."""
+
+    @property
+    def patch_px(self) -> int:
+        """Side in px of the image patch behind one code."""
+        return int(self.stem_patch_px * 2 ** (len(self.channel_multipliers) - 1))
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> VQConfig:
+        if self.channels % self.num_norm_groups:
+            raise ValueError(
+                f"channels must be a multiple of num_norm_groups {self.num_norm_groups}, got {self.channels}"
+            )
+        return self
+
+
+VQ16 = VQConfig()
+VQ8 = VQConfig(channel_multipliers=(1, 2, 2, 4))
+NETWORKS: dict[str, VQConfig] = {"vq16": VQ16, "vq8": VQ8}
+"""The named networks a spec may ask for where a weights file does not carry its own shape."""
+
+
+class ViewsConfig(Config):
+    """Which crops of an image get codes of their own."""
+
+    kind: Literal["center", "flip", "ten_crop"] = "center"
+    """`center` (1 view), `flip` (the centre crop and its mirror, 2) or `ten_crop` (5 crops and their mirrors, 10)."""
+    crop_range: Annotated[float, Field(ge=1.0, le=2.0)] = 1.1
+    """`ten_crop` only: side of the centre crop that the ten are taken from, over the image side."""
+
+    @property
+    def num_views(self) -> int:
+        """Views per image."""
+        return {"center": 1, "flip": 2, "ten_crop": 10}[self.kind]
+
+
+class TokenizerConfig(Config):
+    """A tokenizer and the exact way it is run; all of it enters the fingerprint."""
+
+    weights: str
+    """A shipped name (`open-emoji-64`), our `.safetensors`, or LlamaGen's `.pt`."""
+    network: Literal["vq16", "vq8"] | None = None
+    """Shape of the network; required for `.pt` files, read from the file's metadata for ours."""
+    image_size_px: PositiveInt = 256
+    """Side in px of the square image that is encoded."""
+    batch_size: PositiveInt = 32
+    """Images per encode call; short batches are padded to it, so that codes do not depend on neighbours."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the encoder; bfloat16 changes about 6 % of the codes."""
+
+
+class FitTokenizerConfig(Config):
+    """`kind: fit_tokenizer`: train a small VQ tokenizer on a folder of images."""
+
+    kind: Literal["fit_tokenizer"]
+    run_dir: str
+    """Directory of this run: checkpoints, metrics and the final weights."""
+    images: str
+    """Folder of training images, searched recursively (a class-per-folder tree works)."""
+    validation_images: str
+    """Folder of held-out images, searched recursively."""
+    image_size_px: PositiveInt = 64
+    """Side in px that images are cropped to."""
+    network: VQConfig = VQConfig(
+        codebook_size=512,
+        channels=32,
+        channel_multipliers=(1, 2, 4),
+        num_res_blocks=1,
+        num_norm_groups=8,
+        z_channels=32,
+        stem_patch_px=2,
+    )
+    """Shape of the network."""
+    num_steps: PositiveInt = 6000
+    """Optimiser steps, the plain-autoencoder ones included."""
+    autoencoder_steps: NonNegativeInt = 400
+    """First steps without the quantiser; its codebook is then initialised by k-means."""
+    batch_size: PositiveInt = 32
+    """Images per step."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak of the cosine schedule (AdamW)."""
+    commitment_weight: PositiveFloat = 0.25
+    """Weight of the commitment term of the VQ loss."""
+    ema_decay: Fraction = 0.999
+    """Decay of the weight average that is saved."""
+    checkpoint_every_n_steps: PositiveInt = 500
+    """Steps between checkpoints; a rerun goes on from the newest."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation and batches."""

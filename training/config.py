@@ -1,0 +1,256 @@
+"""What a model, its noise, its optimiser, a `train` job and a `sample` job are, as validated values.
+
+Light: imports no torch, ray or deepspeed. `[ours]` marks a choice that the paper does not state.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.config import ClusterConfig, LoaderConfig
+from tokenization.config import Config, Fraction, TokenizerConfig
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "B": (12, 12, 768),
+    "L": (24, 16, 1024),
+    "XL": (36, 20, 1280),
+    "XXL": (48, 24, 1536),
+    "3B": (24, 32, 3200),
+}
+"""LlamaGen's named sizes: (layers, heads, model_dim)."""
+
+DType = Literal["float32", "bfloat16"]
+
+
+class ModelConfig(Config):
+    """The base decoder (LlamaGen) and the TensorAR modules around it."""
+
+    size: Literal["B", "L", "XL", "XXL", "3B"] | None = None
+    """A named LlamaGen size, or none and the next three fields."""
+    num_layers: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    model_dim: PositiveInt | None = None
+    codebook_size: PositiveInt = 16384
+    """Codes of the tokenizer."""
+    codes_per_side: PositiveInt = 16
+    """Side of the square grid of codes; T = codes_per_side ** 2."""
+    num_classes: PositiveInt = 1000
+    """Class labels; one more row of the table is the null label of guidance."""
+    window_size: PositiveInt = 1
+    """k: codes predicted per step; 1 is the plain base model."""
+    module_ffn_ratio: PositiveFloat = 0.125
+    """Hidden width of the feed-forward in the TensorAR modules, over model_dim [ours]."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout after embeddings, attention output and feed-forward output."""
+    label_dropout: Fraction = 0.1
+    """Share of training samples whose label becomes the null label."""
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ModelConfig:
+        given = (self.num_layers, self.num_heads, self.model_dim)
+        if self.size is not None and any(value is not None for value in given):
+            raise ValueError(f"size {self.size!r} fixes num_layers, num_heads and model_dim; remove them or the size")
+        if self.size is None and any(value is None for value in given):
+            raise ValueError(f"give size (one of {', '.join(SIZES)}) or all of num_layers, num_heads and model_dim")
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(
+                f"model_dim must be a multiple of 4 * num_heads = {4 * self.heads} (2-D rotary pairs), got {self.dim}"
+            )
+        if self.window_size > self.num_positions:
+            raise ValueError(f"window_size must be in [1, {self.num_positions}], got {self.window_size}")
+        return self
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the backbone."""
+        return self._shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return self._shape[1]
+
+    @property
+    def dim(self) -> int:
+        """Width D of the backbone."""
+        return self._shape[2]
+
+    @property
+    def num_positions(self) -> int:
+        """T, the codes of an image."""
+        return self.codes_per_side**2
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        if self.size is not None:
+            return SIZES[self.size]
+        assert self.num_layers is not None
+        assert self.num_heads is not None
+        assert self.model_dim is not None
+        return self.num_layers, self.num_heads, self.model_dim
+
+
+class NoiseConfig(Config):
+    """Discrete tensor noising of the windows that the model reads in training."""
+
+    schedule: Literal["linear", "sine", "sqrt", "exponential", "none", "full"] = "exponential"
+    """beta(j) over the offsets; the paper names four and finds exponential best."""
+    end_point: Literal["closed", "open"] = "closed"
+    """`closed`: beta of the last offset is 1; `open`: it stays below [ours]."""
+    coupling: Literal["independent", "shared"] = "independent"
+    """Draws per (position, offset), or one per position shared by the windows that hold it [ours]."""
+    own_draft_fraction: Fraction = 0.0
+    """Share of global batches whose drafts are sampled from the model itself instead of noised [ours]."""
+    offset_weights: tuple[NonNegativeFloat, ...] | None = None
+    """Loss weight of each offset; none is 1/k each. Normalised to sum 1 [ours]."""
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule; the defaults are LlamaGen's."""
+
+    learning_rate: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.05
+    """Applied to matrices only."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls to `final_learning_rate_fraction` at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    final_learning_rate_fraction: Fraction = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Global norm that gradients are clipped to; 0 turns clipping off."""
+
+
+class EngineConfig(Config):
+    """How DeepSpeed holds and computes the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 1 partitions the optimiser, 2 the gradients too, 3 the parameters too."""
+    dtype: DType = "bfloat16"
+    """Arithmetic of forward and backward; the optimiser is float32."""
+    global_batch_size: PositiveInt = 256
+    """Samples per step over all ranks."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples per rank and micro step; none is the global batch over the world size."""
+
+    def grad_accumulation(self, world_size: int) -> int:
+        """Micro steps per step on `world_size` ranks.
+
+        Raises:
+            ValueError: the global batch does not divide.
+        """
+        unit = (self.micro_batch_size or 1) * world_size
+        if self.global_batch_size % unit:
+            low = self.global_batch_size // unit * unit
+            near = " or ".join(str(value) for value in (low, low + unit) if value)
+            raise ValueError(
+                f"global_batch_size must be a multiple of micro_batch_size * world_size = "
+                f"{self.micro_batch_size or 1} * {world_size} = {unit}, got {self.global_batch_size}; use {near}"
+            )
+        return self.global_batch_size // unit if self.micro_batch_size else 1
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written and which are kept."""
+
+    every_n_steps: PositiveInt = 1000
+    keep_latest: PositiveInt = 2
+    """Newest whole checkpoints that stay."""
+
+
+class ValidationConfig(Config):
+    """Held-out measurement during training."""
+
+    shards: str
+    """Directory of a held-out shard set."""
+    every_n_steps: PositiveInt = 500
+    num_samples: PositiveInt = 512
+    """Samples measured, the same ones every time."""
+
+
+class TrainConfig(Config):
+    """`kind: train`: shards of codes in, a run with checkpoints out."""
+
+    kind: Literal["train"]
+    run_dir: str
+    """Directory of this run: checkpoints/, metrics.jsonl, tensorboard/, logs/."""
+    data: LoaderConfig
+    model: ModelConfig
+    noise: NoiseConfig = NoiseConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = None
+    num_steps: PositiveInt
+    """Optimiser steps of the whole run."""
+    log_every_n_steps: PositiveInt = 10
+    warm_start: str | None = None
+    """Weights to begin from: a run directory, our `.safetensors`, or a LlamaGen checkpoint."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation, noise, dropout and own drafts."""
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> TrainConfig:
+        weights = self.noise.offset_weights
+        if weights is not None and len(weights) != self.model.window_size:
+            raise ValueError(
+                f"noise.offset_weights must have model.window_size = {self.model.window_size} values, "
+                f"got {len(weights)}"
+            )
+        if weights is not None and (weights[0] == 0 or sum(weights) == 0):
+            raise ValueError(f"noise.offset_weights must weigh offset 0, the code that is kept, got {weights}")
+        if self.cluster.launcher == "ray":
+            self.engine.grad_accumulation(self.cluster.num_workers)
+        return self
+
+
+class SamplerConfig(Config):
+    """How codes are drawn from a model."""
+
+    guidance: NonNegativeFloat = 2.0
+    """Classifier-free guidance scale; 1 is off."""
+    guidance_interval: int = -1
+    """Guide only steps 0..n, counted from the second code as LlamaGen does; -1 is always."""
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_k: NonNegativeInt = 0
+    """Codes kept before the draw; 0 is all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Probability mass kept before the draw."""
+    draft_policy: Literal["sampled", "coupled", "argmax"] = "sampled"
+    """How drafts are chosen: fresh draws, draws kept across refinements, or the most likely code [ours]."""
+    draft_temperature: PositiveFloat | None = None
+    """Temperature of drafts; none is that of finals."""
+
+
+class SampleConfig(Config):
+    """`kind: sample`: weights in, pictures out."""
+
+    kind: Literal["sample"]
+    run_dir: str
+    """Directory of the results: grid.png, images/, codes.npy, samples.npz, strip.png, samples.json."""
+    weights: str
+    """A training run directory (its newest whole checkpoint) or a `.safetensors` of ours."""
+    tokenizer: TokenizerConfig
+    sampler: SamplerConfig = SamplerConfig()
+    labels: tuple[NonNegativeInt, ...]
+    """Class labels to sample."""
+    num_per_label: PositiveInt = 4
+    batch_size: PositiveInt = 32
+    """Images sampled together; the pictures do not depend on it."""
+    dtype: DType = "float32"
+    num_strip_images: NonNegativeInt = 4
+    """Images shown in the refinement strip."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
+    seed: NonNegativeInt = 0
+    """Seed of all draws."""
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures in all."""
+        return prod((len(self.labels), self.num_per_label))

@@ -1,0 +1,154 @@
+"""A train spec -> a DeepSpeed engine; the only file that spells DeepSpeed's keys.
+
+Invariant: the optimiser is torch's AdamW in float32, decays matrices only, and its learning rate is set by us as a
+pure function of the step, so that nothing about the schedule needs saving. ZeRO 0-3, bfloat16 or float32, clipping,
+grad accumulation derived from the batch. Nothing is compiled at start (DeepSpeed's own Adam would take 80 s).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.config import EngineConfig, OptimizerConfig, TrainConfig
+from training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+Engine = Any
+"""A `deepspeed.DeepSpeedEngine`; DeepSpeed carries no types."""
+
+_BUCKET_ELEMENTS = 50_000_000
+_TAG = "engine"
+_OWNER = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+def learning_rate_of_step(config: OptimizerConfig, step: int, *, num_steps: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        config: peak, warm-up and shape.
+        step: the step about to be taken, in [1, num_steps].
+        num_steps: steps of the whole run; where a cosine ends.
+    """
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    floor = config.final_learning_rate_fraction
+    return config.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two AdamW groups: tensors of two or more dimensions decay, the others do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_settings(config: EngineConfig, *, max_grad_norm: float, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's own config of a run.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks.
+    """
+    accumulation = config.grad_accumulation(world_size)
+    return {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.global_batch_size // (world_size * accumulation),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Overlap needs device streams; on CPU it only adds copies.
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "allgather_bucket_size": _BUCKET_ELEMENTS,
+        },
+    }
+
+
+def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engine:
+    """Return the DeepSpeed engine of `model`, in training mode; rank 0's weights are broadcast.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks.
+    """
+    import deepspeed  # noqa: PLC0415  picks its accelerator at import; `join_ranks` has prepared that
+
+    settings = deepspeed_settings(
+        config.engine, max_grad_norm=config.optimizer.max_grad_norm, world_size=ranks.world_size
+    )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, weight_decay=config.optimizer.weight_decay),
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(ranks.device), optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def save_partitions(engine: Engine, directory: Path) -> None:
+    """Write the engine's own files below `directory`, every rank its partition; called by every rank."""
+    engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+
+
+def load_partitions(engine: Engine, directory: Path) -> None:
+    """Restore weights and optimiser from what `save_partitions` wrote with the same world size and ZeRO stage.
+
+    The files are pickles: only verified ones of this run may come here.
+    """
+    path, _ = engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+    assert path is not None, directory
+
+
+def is_written_by(name: str, *, rank: int) -> bool:
+    """Return whether a rank writes the file `name` of `save_partitions`; rank 0 writes all that is nobody's own."""
+    owner = _OWNER.search(name)
+    return rank == (int(owner[1]) if owner else 0)
+
+
+def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """Return the whole float32 weights by name, on the CPU; called by every rank.
+
+    Args:
+        engine: of any ZeRO stage.
+        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415  (see `build_engine`)
+
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        if is_kept:
+            weights[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True)
+    return weights
+
+
+def grad_norm(engine: Engine) -> float | None:
+    """Return the global gradient norm of the last step, before clipping; none where it was not computed."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

@@ -1,0 +1,86 @@
+"""Live progress of a run for the people at its launcher, read from its metrics.jsonl while the ranks write it.
+
+A bar on a terminal, one log line per metrics line elsewhere. It only reads, so it cannot disturb a run; it polls a few
+times a second, and sees what any shared file system shows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.config import TrainConfig
+from training.metrics import METRICS, describe_line
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.3
+
+
+def follow_metrics(config: TrainConfig, *, until: threading.Event) -> None:
+    """Show what is written to the run's metrics.jsonl, until the event is set."""
+    tail = _Tail(Path(config.run_dir) / METRICS)
+    console = Console(stderr=True)
+    if console.is_terminal:
+        _show_bar(tail, config, until, console)
+    else:
+        _log_lines(tail, config, until)
+
+
+class _Tail:
+    """New lines of a file that grows, and that a resume may cut shorter; what was there before is not new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._num_bytes = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines written whole since the last call."""
+        if not self._path.exists():
+            return []
+        self._num_bytes = min(self._num_bytes, self._path.stat().st_size)
+        with self._path.open("rb") as file:
+            file.seek(self._num_bytes)
+            *lines, _ = file.read().split(b"\n")
+        self._num_bytes += sum(len(line) + 1 for line in lines)
+        return [json.loads(line) for line in lines]
+
+
+def _log_lines(tail: _Tail, config: TrainConfig, until: threading.Event) -> None:
+    is_over = False
+    while not is_over:
+        is_over = until.wait(_POLL_S)
+        for line in tail.read():
+            logger.info("%s", describe_line(line, num_steps=config.num_steps))
+
+
+def _show_bar(tail: _Tail, config: TrainConfig, until: threading.Event, console: Console) -> None:
+    columns = (
+        TextColumn("[bold]train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"starting {config.cluster.num_workers} ranks", total=config.num_steps)
+        is_over = False
+        while not is_over:
+            is_over = until.wait(_POLL_S)
+            for line in tail.read():
+                losses = f"loss {line['loss']:.3f}  first code {line['loss_of_offset'][0]:.3f}"
+                if line["split"] == "train":
+                    text = f"{losses}  {line['samples_per_s']:.0f} samples/s"
+                    bar.update(task, completed=line["step"], description=text)
+                else:
+                    bar.console.print(
+                        f"step {line['step']}: held out {losses}  own drafts {line['own_draft_loss_0']:.3f}"
+                    )

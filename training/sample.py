@@ -1,0 +1,230 @@
+"""The `sample` job: weights and labels in, pictures and the way to them out.
+
+`samples.json` is committed last: with it the run is finished, and a rerun does nothing; without it, a rerun begins anew
+and writes the same pictures. Weights are refused whose codes came from another tokenizer.
+
+B batch, N samples, T positions, K window_size, V views; H, W, C height, width, channels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from pipeline.storage import ArtifactError, exclusive, local_path, remove_staged, sha256_of_file, stage, write_json
+from tokenization.fingerprint import Fingerprint
+from tokenization.tokenizer import Tokenizer
+from training.config import SampleConfig
+from training.sampling import SampledCodes, sample_codes
+from training.weights import ModelFile, find_weights, load_model
+
+logger = logging.getLogger(__name__)
+
+Images = npt.NDArray[np.uint8]
+
+RESULT = "samples.json"
+RESULT_VERSION = 1
+GAP_PX = 2
+GAP_VALUE = 255
+FREE_FIELDS = ("kind", "run_dir", "batch_size", "device")
+"""Fields of the spec that may differ on a rerun: the pictures do not depend on them."""
+
+
+def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The run directory, with grid.png, images/, codes.npy, samples.npz, strip.png and samples.json in it.
+
+    Args:
+        config: the job.
+        progress: called with (finished, all) samples after each batch.
+
+    Raises:
+        ArtifactError: the weights or the tokenizer cannot be read or do not belong together, or the directory holds
+            samples of another spec.
+        ValueError: a label is not one of the model's classes.
+    """
+    run_dir = local_path(config.run_dir)
+    if is_finished(config):
+        logger.info("sample run_dir=%s is finished; nothing to do", run_dir)
+        return run_dir
+    with exclusive(run_dir):
+        remove_staged(run_dir)
+        _sample_into(run_dir, config=config, progress=progress)
+    return run_dir
+
+
+def is_finished(config: SampleConfig) -> bool:
+    """Whether the run directory already holds the samples of this spec and these weights.
+
+    Raises:
+        ArtifactError: it holds samples of another spec, or the weights have changed since (a run that trained on).
+    """
+    path = local_path(config.run_dir) / RESULT
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    before, now = result["spec"], config.model_dump(mode="json")
+    differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
+    if not differing and sha256_of_file(find_weights(config.weights)) != result["weights"]["sha256"]:
+        differing = [f"content of weights (then of step {result['weights']['step']})"]
+    if differing:
+        raise ArtifactError(
+            f"sample into {config.run_dir}: the directory must be free or of the same spec, got another "
+            f"{', '.join(differing)}; use another run_dir"
+        )
+    return True
+
+
+def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int, int], None] | None) -> None:
+    device = pick_device(config.device)
+    model, model_file = load_model(config.weights, device=device, dtype=getattr(torch, config.dtype))
+    tokenizer = Tokenizer.load(config.tokenizer, device=str(device))
+    check_tokenizer(model_file, tokenizer)
+    _check_labels(config, model_file)
+    began = time.perf_counter()
+
+    def report(num_done: int) -> None:
+        logger.info("sample done=%d of=%d elapsed_s=%.1f", num_done, config.num_samples, time.perf_counter() - began)
+        if progress is not None:
+            progress(num_done, config.num_samples)
+
+    sampled = sample_codes(
+        model,
+        torch.tensor(config.labels).repeat_interleave(config.num_per_label),
+        config=config.sampler,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=report,
+    )
+    sampling_s = time.perf_counter() - began
+    images_NHWC = tokenizer.decode(sampled.codes_NT.numpy().astype(np.int32))
+    decoding_s = time.perf_counter() - began - sampling_s
+    _write_images(run_dir, sampled, images_NHWC, num_columns=config.num_per_label)
+    strip = _write_strip(run_dir, sampled, tokenizer, num_images=config.num_strip_images)
+    result = _describe(config, model_file, tokenizer.fingerprint, sampled) | strip
+    times = {"sampling_s": sampling_s, "decoding_s": decoding_s, "images_per_s": config.num_samples / sampling_s}
+    write_json(run_dir / RESULT, result | {key: round(value, 4) for key, value in times.items()})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a spec names; `auto` is cuda where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def check_tokenizer(model_file: ModelFile, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer other than the one whose codes the model learned.
+
+    Raises:
+        ArtifactError: weights, network, codebook or number of codes differ.
+    """
+    doing, config, theirs = f"sample from {model_file.path}", model_file.config, tokenizer.fingerprint
+    expected: dict[str, object] = {
+        "codebook_size": config.codebook_size,
+        "codes_per_image": config.num_positions,
+    }
+    found: dict[str, object] = {
+        "codebook_size": tokenizer.codebook_size,
+        "codes_per_image": tokenizer.codes_per_image,
+    }
+    if model_file.fingerprint is None:
+        logger.warning("%s: the file names no tokenizer; its codes are decoded as the spec says", doing)
+    else:
+        for name in ("weights_sha256", "network"):
+            expected[name], found[name] = getattr(model_file.fingerprint, name), getattr(theirs, name)
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ArtifactError(
+                f"{doing}: tokenizer {name} must be that of training, {value}, got {found[name]}; "
+                "set tokenizer to the one that the training shards were made with"
+            )
+
+
+def tile_images(images_NHWC: Images, *, num_columns: int) -> Images:
+    """One picture (H', W', C) of images in reading order, `num_columns` a line, with white gaps of 2 px between."""
+    num_images, height, width, channels = images_NHWC.shape
+    num_lines = -(-num_images // num_columns)
+    step_y, step_x = height + GAP_PX, width + GAP_PX
+    shape = (num_lines * step_y - GAP_PX, num_columns * step_x - GAP_PX, channels)
+    tiled = np.full(shape, GAP_VALUE, dtype=np.uint8)
+    for index, image_HWC in enumerate(images_NHWC):
+        top, left = index // num_columns * step_y, index % num_columns * step_x
+        tiled[top : top + height, left : left + width] = image_HWC
+    return tiled
+
+
+def decode_refinements(sampled: SampledCodes, tokenizer: Tokenizer, *, sample_indices: list[int]) -> Images:
+    """Images (N, K, H, W, C) of the chosen samples: the codes of each refinement decoded, first drafts to finals."""
+    chosen_NKT = sampled.drafts_NTK[sample_indices].transpose(1, 2)
+    images: Images = tokenizer.decode(chosen_NKT.flatten(0, 1).numpy().astype(np.int32))
+    return images.reshape(*chosen_NKT.shape[:2], *images.shape[1:])
+
+
+def _check_labels(config: SampleConfig, model_file: ModelFile) -> None:
+    num_classes = model_file.config.num_classes
+    wrong = [label for label in config.labels if label >= num_classes]
+    if wrong or not config.labels:
+        raise ValueError(
+            f"sample from {model_file.path}: labels must be in [0, {num_classes - 1}] and at least one, "
+            f"got {wrong or 'none'}; mend labels"
+        )
+
+
+def _write_images(run_dir: Path, sampled: SampledCodes, images_NHWC: Images, *, num_columns: int) -> None:
+    shutil.rmtree(run_dir / "images", ignore_errors=True)  # of a run that was killed before its samples.json
+    with stage(run_dir / "images") as staged_path:
+        staged_path.mkdir()
+        for index, image_HWC in enumerate(images_NHWC):
+            Image.fromarray(image_HWC).save(staged_path / f"{index:05d}.png")
+    with stage(run_dir / "grid.png") as staged_path:
+        Image.fromarray(tile_images(images_NHWC, num_columns=num_columns)).save(staged_path, format="PNG")
+    with stage(run_dir / "codes.npy") as staged_path, staged_path.open("wb") as file:
+        np.save(file, sampled.codes_NT.numpy().astype(np.int32))
+    with stage(run_dir / "samples.npz") as staged_path, staged_path.open("wb") as file:
+        np.savez(file, arr_0=images_NHWC)
+
+
+def _write_strip(run_dir: Path, sampled: SampledCodes, tokenizer: Tokenizer, *, num_images: int) -> dict[str, Any]:
+    num_samples, _, window_size = sampled.drafts_NTK.shape
+    if window_size == 1 or num_images == 0:
+        reason = "window_size is 1: nothing is refined" if window_size == 1 else "num_strip_images is 0"
+        return {"strip": None, "strip_reason": reason}
+    count = min(num_images, num_samples)
+    sample_indices = [index * num_samples // count for index in range(count)]
+    images_NKHWC = decode_refinements(sampled, tokenizer, sample_indices=sample_indices)
+    tiled = tile_images(images_NKHWC.reshape(-1, *images_NKHWC.shape[2:]), num_columns=window_size)
+    with stage(run_dir / "strip.png") as staged_path:
+        Image.fromarray(tiled).save(staged_path, format="PNG")
+    return {"strip": "strip.png", "strip_sample_indices": sample_indices}
+
+
+def _describe(
+    config: SampleConfig, model_file: ModelFile, fingerprint: Fingerprint, sampled: SampledCodes
+) -> dict[str, Any]:
+    return {
+        "version": RESULT_VERSION,
+        "spec": config.model_dump(mode="json"),
+        "weights": {
+            "path": str(model_file.path),
+            "sha256": model_file.sha256,
+            "step": model_file.step,
+            "window_size": model_file.config.window_size,
+        },
+        "tokenizer_fingerprint": fingerprint.digest,
+        "num_samples": config.num_samples,
+        "labels": list(np.repeat(config.labels, config.num_per_label).tolist()),
+        "seed": config.seed,
+        "draft_policy": config.sampler.draft_policy,
+        "flip_rate": sampled.flip_rate,
+        "num_backbone_calls": sampled.num_backbone_calls,
+    }

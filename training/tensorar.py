@@ -1,0 +1,224 @@
+"""TensorAR around the base decoder: windows of k codes in, k predictions per position out.
+
+Both modules are residual around the base and end in zero-initialised projections, so that a fresh TensorAR model gives
+the base model's logits at every offset, bit for bit. Added parameters: (8 + 6 r) D^2 + (7 + 2 k) D, r = FFN ratio
+(8.75 D^2 + 15 D at r = 1/8, k = 4). The layout is ours; the paper states the operators and the total.
+
+Both attentions have constant queries. That is used, exactly: scores come from the query folded into the key projection,
+and the output decoder's joint attention becomes one gate per head.
+
+B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codebook_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from training.config import ModelConfig
+from training.gpt import GPT, INIT_STD, FeedForward, RMSNorm, init_weights
+from training.noise import valid_offsets
+
+
+class FoldedKeys(nn.Linear):
+    """The key projection applied to the queries instead: (q W) x = q (W x), so keys need no product of their own.
+
+    Its weight is read in its own forward, as ZeRO-3 demands.
+    """
+
+    def forward(self, queries_QNH: Tensor) -> Tensor:
+        """(Q, N, D): `key_D @ out[q, n]` is the scaled score of query q in head n."""
+        _, heads, head_dim = queries_QNH.shape
+        keys_NHD = self.weight.view(heads, head_dim, self.in_features)
+        out: Tensor = torch.einsum("qnh,nhd->qnd", queries_QNH, keys_NHD) * float(head_dim) ** -0.5
+        return out
+
+
+class WindowAttention(nn.Module):
+    """The four projections that either module attends with, queries being learned constants."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = FoldedKeys(config.dim, config.dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def score_weight(self, queries_QD: Tensor) -> Tensor:
+        """(Q, N, D), see `FoldedKeys`."""
+        out: Tensor = self.wk(split_heads(self.wq(queries_QD), self.heads))
+        return out
+
+    def values(self, keys: Tensor) -> Tensor:
+        """(..., N, H) of (..., D)."""
+        return split_heads(self.wv(keys), self.heads)
+
+
+class InputEncoder(nn.Module):
+    """e_i = Emb(x_i) + Enc(window_i): one learned query attends to the window's code and offset embeddings.
+
+    Layout [ours]: keys and values from x = norm(Emb(code) + offset embedding); e = Emb(x_i) + wo(attention); then
+    e + FFN(norm(e)). Scores and values depend only on (code, offset), so they are tables where that is cheaper.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, config.dim))
+        self.offset_embeddings = nn.Parameter(torch.empty(config.window_size, config.dim))
+        self.query_norm = RMSNorm(config.dim)
+        self.key_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.attention = WindowAttention(config)
+        self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
+
+    def scores_and_values(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (..., N, 1) in float32 and values (..., N, H) of keys made of `embedded` (..., D), offsets added."""
+        keys = self.key_norm(embedded)
+        score_weight_ND = self.attention.score_weight(self.query_norm(self.query))[0]
+        scores = (keys @ score_weight_ND.transpose(0, 1)).float()[..., None]
+        return scores, self.attention.values(keys)
+
+    def forward(self, windows_BTK: Tensor, valid_TK: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Encoded windows (B, T, D).
+
+        Args:
+            windows_BTK: int64 codes; offset 0 is the code that the residual carries.
+            valid_TK: bool; offsets outside the image are not attended to.
+            embedding: the base model's table of codes.
+        """
+        codebook_size = embedding.num_embeddings
+        if codebook_size < windows_BTK[..., 0].numel():  # fewer (code, offset) pairs than window entries
+            every_code = torch.arange(codebook_size, device=windows_BTK.device)
+            tables = self.scores_and_values(embedding(every_code) + self.offset_embeddings[:, None])
+            pairs = windows_BTK + codebook_size * torch.arange(windows_BTK.shape[2], device=windows_BTK.device)
+            scores, values = (
+                nn.functional.embedding(pairs, table.flatten(2).flatten(0, 1)).view(*pairs.shape, *table.shape[2:])
+                for table in tables
+            )
+        else:
+            scores, values = self.scores_and_values(embedding(windows_BTK) + self.offset_embeddings)
+        scores = scores.masked_fill(~valid_TK[:, :, None, None], float("-inf"))
+        shares = torch.softmax(scores, dim=2).to(values.dtype)  # over K
+        attended = (shares * values).sum(2).flatten(-2)
+        h = embedding(windows_BTK[..., 0]) + self.attention.wo(attended)
+        out: Tensor = h + self.feed_forward(self.ffn_norm(h))
+        return out
+
+
+class OutputDecoder(nn.Module):
+    """z_{i,j} = h_i + Dec_j(h_i): joint self-attention over [h_i; q_1 .. q_k], then a small feed-forward.
+
+    Layout [ours]: z_j = h + wo(attention of query j over [norm(h); norm(q_1 .. q_k)]); then z_j + FFN(norm(z_j)). Keys
+    and values of q_1 .. q_k are constants, hence attention is gate * value(h) + (1 - gate) * constant, per head and j.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.window_size, config.dim))
+        self.query_norm = RMSNorm(config.dim)
+        self.state_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.attention = WindowAttention(config)
+        self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """(B, T, K, D) states, one per offset."""
+        heads = self.attention.heads
+        queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
+        score_weight_KND = self.attention.score_weight(queries_KD)
+        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).float()
+        shares_KNK = own_KNK.softmax(-1).to(h_BTD.dtype)
+        constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
+        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).float()
+        scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
+        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)[..., None]
+        values_BTNH = self.attention.values(states_BTD)
+        attended = constant_KNH + gate * (values_BTNH[:, :, None] - constant_KNH)
+        z = h_BTD[:, :, None] + self.attention.wo(attended.flatten(-2))
+        out: Tensor = z + self.feed_forward(self.ffn_norm(z))
+        return out
+
+
+class TensorAR(nn.Module):
+    """The base model and, where window_size > 1, the two modules around it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.base = GPT(config)
+        self.input_encoder = InputEncoder(config) if config.window_size > 1 else None
+        self.output_decoder = OutputDecoder(config) if config.window_size > 1 else None
+        for module in (self.input_encoder, self.output_decoder):
+            if module is not None:
+                _init_module(module)
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no condition"."""
+        return self.base.null_label
+
+    def embed_windows(self, windows_BLK: Tensor, *, start: int = 0) -> Tensor:
+        """(B, L, D) of the windows that start at codes `start` .. `start + L - 1`."""
+        if self.input_encoder is None:
+            return self.base.embed_codes(windows_BLK[..., 0])
+        length, window_size = windows_BLK.shape[1:]
+        valid = valid_offsets(self.config.num_positions, window_size=window_size, device=windows_BLK.device)
+        out: Tensor = self.input_encoder(windows_BLK, valid[start : start + length], self.base.tok_embeddings)
+        return out
+
+    def predict(self, h_BTD: Tensor) -> Tensor:
+        """Logits (B, T, K, V) of backbone states."""
+        states = h_BTD[:, :, None] if self.output_decoder is None else self.output_decoder(h_BTD)
+        return self.base.head(states)
+
+    def forward(self, windows_BTK: Tensor, labels_B: Tensor) -> Tensor:
+        """Training logits (B, T, K, V) in the model's dtype: position p, offset j predicts code p + j.
+
+        Position 0 is predicted from the label, position p from windows 0 .. p - 1; the last window is not fed.
+
+        Args:
+            windows_BTK: int64; window i starts at code i (see `training.noise.noise_windows`).
+            labels_B: int64 in [0, num_classes], the last one null.
+
+        Raises:
+            ValueError: the windows' size is not the model's.
+        """
+        if windows_BTK.shape[2] != self.config.window_size:
+            raise ValueError(
+                f"predict from windows: they must hold window_size = {self.config.window_size} codes, "
+                f"got {windows_BTK.shape[2]}; make them with the model's window_size"
+            )
+        x_BTD = torch.cat([self.base.embed_labels(labels_B), self.embed_windows(windows_BTK[:, :-1])], dim=1)
+        return self.predict(self.base.backbone(x_BTD))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., D) as (..., N, H)."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def module_hidden_dim(config: ModelConfig) -> int:
+    """Hidden width of the modules' feed-forward."""
+    return max(1, round(config.dim * config.module_ffn_ratio))
+
+
+def num_added_parameters(config: ModelConfig) -> int:
+    """Parameters of the TensorAR modules: 8 D^2 + 6 D hidden + (7 + 2 K) D; 0 at window_size 1."""
+    if config.window_size == 1:
+        return 0
+    return config.dim * (8 * config.dim + 6 * module_hidden_dim(config) + 7 + 2 * config.window_size)
+
+
+def build_model(config: ModelConfig) -> TensorAR:
+    """A freshly initialised model on the CPU, drawn from torch's default generator."""
+    return TensorAR(config)
+
+
+def _init_module(module: InputEncoder | OutputDecoder) -> None:
+    module.apply(init_weights)
+    for name, parameter in module.named_parameters(recurse=False):
+        assert name in ("query", "offset_embeddings", "queries"), name
+        nn.init.normal_(parameter, std=INIT_STD)
+    nn.init.zeros_(module.attention.wo.weight)
+    nn.init.zeros_(module.feed_forward.w2.weight)

@@ -1,0 +1,102 @@
+"""Held-out measurement during training: the same samples and the same draws every time.
+
+Invariant: the result depends on the weights, the shard set and the spec only; the draws of a sample do not depend on
+the step or the world size. Two measures: windows noised by the schedule, and (window_size > 1) windows filled with the
+model's own drafts, which is what sampling will show it; of the second only offset 0, the code that is kept, counts.
+It costs three forward passes of the samples (one at window_size 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.loader import ShardSet
+from pipeline.philox import Int64Array
+from training.config import TrainConfig
+from training.engine import Engine
+from training.inputs import make_inputs, with_own_drafts
+from training.loss import window_loss
+from training.ranks import Ranks
+
+_STEP = 0
+"""The step that keys the draws of validation; training begins at step 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """Means over the held-out samples."""
+
+    loss: float
+    loss_of_offset: list[float]
+    accuracy_of_offset: list[float]
+    own_draft_loss_0: float
+    """Loss of offset 0 where windows hold the model's own drafts; at window_size 1, that of offset 0."""
+
+
+class Validation:
+    """The held-out samples of one rank."""
+
+    def __init__(self, shard_set: ShardSet, *, config: TrainConfig, ranks: Ranks) -> None:
+        """Take samples spread evenly over `shard_set`, and deal them out to the ranks."""
+        assert config.validation is not None
+        self._config, self._ranks, self._shard_set = config, ranks, shard_set
+        count = min(config.validation.num_samples, shard_set.num_samples)
+        spread = np.arange(count, dtype=np.int64) * shard_set.num_samples // count
+        self._sample_indices = spread[ranks.rank :: ranks.world_size]
+        self._micro_batch_size = config.engine.global_batch_size // (
+            ranks.world_size * config.engine.grad_accumulation(ranks.world_size)
+        )
+        self.every_n_steps = config.validation.every_n_steps
+        """Steps between measurements."""
+        self._num_micro_batches = -(-count // (ranks.world_size * self._micro_batch_size))
+
+    def measure(self, engine: Engine) -> ValidationResult:
+        """Return the measures of the engine's present weights; called by every rank."""
+        window_size = self._config.model.window_size
+        sums = torch.zeros(2 * window_size + 2, dtype=torch.float64, device=self._ranks.device)
+        engine.eval()
+        with torch.no_grad():
+            for sample_indices in self._micro_batches():
+                sums += self._sums_of_batch(engine, sample_indices)
+        engine.train()
+        sums = self._ranks.sum(sums).cpu()
+        means: list[float] = (sums[:-1] / sums[-1]).tolist()
+        losses, accuracies = means[:window_size], means[window_size : 2 * window_size]
+        weights = self._config.noise.offset_weights or (1.0,) * window_size
+        return ValidationResult(
+            loss=sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights),
+            loss_of_offset=losses,
+            accuracy_of_offset=accuracies,
+            own_draft_loss_0=means[-1],
+        )
+
+    def _micro_batches(self) -> Iterator[Int64Array]:
+        # Every rank makes as many passes as the others (ZeRO-3 gathers weights in each), the last perhaps empty.
+        for index in range(self._num_micro_batches):
+            yield self._sample_indices[index * self._micro_batch_size : (index + 1) * self._micro_batch_size]
+
+    def _sums_of_batch(self, engine: Engine, sample_indices: Int64Array) -> torch.Tensor:
+        """Return sums over the batch: loss and accuracy of each offset, own-draft loss of offset 0, sample count."""
+        read = sample_indices if len(sample_indices) else np.zeros(1, dtype=np.int64)
+        codes_BT, labels_B = self._shard_set.read_batch(read, views=np.zeros_like(read))
+        inputs = make_inputs(
+            codes_BT,
+            labels_B,
+            read,
+            config=self._config,
+            step=_STEP,
+            label_dropout=0.0,
+            device=self._ranks.device,
+        )
+        noised = window_loss(engine.module(inputs.windows_BTK, inputs.labels_B), inputs.codes_BT)
+        own_draft_loss_0 = noised.loss_of_offset_K[:1]
+        if self._config.model.window_size > 1:
+            inputs = with_own_drafts(inputs, engine.module, config=self._config, step=_STEP)
+            drafted = window_loss(engine.module(inputs.windows_BTK, inputs.labels_B), inputs.codes_BT)
+            own_draft_loss_0 = drafted.loss_of_offset_K[:1]
+        means = torch.cat([noised.loss_of_offset_K, noised.accuracy_of_offset_K, own_draft_loss_0])
+        return torch.cat([means, means.new_ones(1)]).double() * len(sample_indices)
