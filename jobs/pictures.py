@@ -29,8 +29,8 @@ class Pair:
     source: str
     caption: str
     class_name: str
-    original_HWC: Images  # noqa: N815 - the house's shape suffix
-    decoded_HWC: Images  # noqa: N815 - the house's shape suffix
+    original_HWC: Images
+    decoded_HWC: Images
 
     @property
     def psnr_db(self) -> float:

@@ -28,6 +28,7 @@ from training.sample import GAP_PX
 NUM_PAIRS = 14
 PICTURES_PER_CLASS = 6
 REPORT_NAME = "report.html"
+ALREADY_THERE_S = 0.2
 STAGE_TITLES = {
     "corpus": "corpus: fetch and render",
     "tokenize": "tokenize the training corpus",
@@ -72,7 +73,7 @@ class Pictures:
 
     spec: dict[str, Any]
     record: dict[str, Any]
-    images_NHWC: np.ndarray[Any, np.dtype[np.uint8]]  # noqa: N815 - the house's shape suffix
+    images_NHWC: np.ndarray[Any, np.dtype[np.uint8]]
     directory: Path
 
     def of_class(self, index: int) -> list[str]:
@@ -219,7 +220,9 @@ def _strips(run_root: Path, pictures: Pictures) -> list[dict[str, Any]]:
 
 def _times(run_root: Path, runs: dict[str, Run], pictures: dict[str, Pictures]) -> list[dict[str, str]]:
     timings = {stage: time.seconds_s for stage, time in read_timings(run_root).items()}
-    notes: dict[str, str] = {}
+    notes = {
+        "corpus": "was there already" if timings.get("corpus", 0.0) < ALREADY_THERE_S else "pictures with captions"
+    }
     for stage, name in (("tokenize", "codes"), ("tokenize_validation", "codes-validation")):
         manifest = read_manifest(run_root / name)
         num_images = manifest.num_samples * manifest.num_views

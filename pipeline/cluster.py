@@ -18,6 +18,8 @@ from pipeline.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Shared memory of an embedded session; our tasks pass paths and counts, never images."""
+BUSY_SIGNS = ("timed out during startup", "Failed to connect to GCS")
+"""What Ray's errors say when its own limits of about 30 s passed while its processes were starting."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporter needs the dashboard agent
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a GPU-less worker keeps its environment
+    # Ray runs workers at nice 15, where anything else that runs on the machine starves them; here they are the job.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
     if ray.is_initialized():
         yield
         return
@@ -53,9 +58,9 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
 
 
 def _start_local(config: ClusterConfig, *, log_to_driver: bool) -> None:
-    """Start an embedded session; once more where a busy machine let Ray's own start-up limit of 30 s pass."""
+    """Start an embedded session; again where a busy machine let Ray's own start-up limits pass."""
     num_cpus = max(os.cpu_count() or 1, math.ceil(config.num_workers * config.cpus_per_worker) + 1)
-    for is_last_attempt in (False, True):
+    for is_last_attempt in (False, False, True):
         try:
             ray.init(
                 address="local",
@@ -66,8 +71,8 @@ def _start_local(config: ClusterConfig, *, log_to_driver: bool) -> None:
                 log_to_driver=log_to_driver,
             )
             return
-        except Exception as error:  # Ray raises a bare Exception here
+        except Exception as error:  # Ray raises bare ones here
             ray.shutdown()
-            if is_last_attempt or "timed out during startup" not in str(error):
+            if is_last_attempt or not any(sign in str(error) for sign in BUSY_SIGNS):
                 raise
-            logger.warning("ray session: start-up timed out, trying once more; is the machine very busy?")
+            logger.warning("ray session: start-up timed out, trying again; is the machine very busy?")

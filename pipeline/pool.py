@@ -79,7 +79,8 @@ class WorkerPool:
                     if record is not None:
                         records[record.unit_index] = record
                         self._live.add_unit(record.counts)
-                self._live.show(num_read_in_flight=self._poll())
+                num_workers = len(self._idle) + len(self._running)
+                self._live.show(num_read_in_flight=self._poll(), num_workers=num_workers)
                 self._warn_if_none_starts()
         finally:  # in a joined cluster nobody else ends them
             workers = [worker for worker, _ in self._running.values()]

@@ -61,8 +61,13 @@ class LiveProgress:
         self._num_read += counts.num_read
         self._num_rejected += counts.num_rejected
 
-    def show(self, *, num_read_in_flight: int) -> None:
-        """Draw, or log if it is time to; `num_read_in_flight` counts the samples of unfinished units."""
+    def show(self, *, num_read_in_flight: int, num_workers: int) -> None:
+        """Draw, or log if it is time to.
+
+        Args:
+            num_read_in_flight: samples read of unfinished units.
+            num_workers: workers that have started.
+        """
         now_s = time.monotonic()
         num_read = self._num_read + num_read_in_flight
         if self._start_s is None and num_read > 0:
@@ -70,16 +75,19 @@ class LiveProgress:
         rate = 0.0 if self._start_s is None else num_read / (now_s - self._start_s)
         if self._bar is not None:
             figures = f"{num_read} samples  {rate:.1f}/s  {self._num_rejected} rejected"
+            if num_workers == 0:
+                figures = "starting workers"
             self._bar.update(self._task, completed=self._num_units_done, figures=figures)
         elif now_s - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now_s
             logger.info(
-                "tokenizing: units=%d/%d samples=%d samples_per_s=%.1f rejected=%d",
+                "tokenizing: units=%d/%d samples=%d samples_per_s=%.1f rejected=%d workers=%d",
                 self._num_units_done,
                 self._num_units,
                 num_read,
                 rate,
                 self._num_rejected,
+                num_workers,
             )
 
 

@@ -42,7 +42,7 @@ class ShardSample:
     """
 
     key: str
-    codes_VT: Codes  # noqa: N815
+    codes_VT: Codes
     metadata: dict[str, Any]
 
 

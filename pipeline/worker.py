@@ -41,7 +41,7 @@ class PreparedSample:
     """A sample ready to encode: its views as uint8 `(V, H, W, 3)` and the metadata that its shard will hold."""
 
     key: str
-    images_VHWC: npt.NDArray[np.uint8]  # noqa: N815
+    images_VHWC: npt.NDArray[np.uint8]
     metadata: dict[str, Any]
 
 

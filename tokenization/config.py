@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -120,9 +129,21 @@ class FitTokenizerConfig(Config):
     """Peak of the cosine schedule (AdamW)."""
     commitment_weight: PositiveFloat = 0.25
     """Weight of the commitment term of the VQ loss."""
+    gradient_weight: NonNegativeFloat = 1.0
+    """Weight of the absolute error of image gradients (sharp edges) beside that of pixels, which is 1."""
+    squared_weight: NonNegativeFloat = 0.0
+    """Weight of the squared error of pixels, which punishes a wrong colour most and is what PSNR measures."""
+    warm_start: str | None = None
+    """Tokenizer weights to begin from, of the same network; then there is no plain-autoencoder phase."""
     ema_decay: Fraction = 0.999
     """Decay of the weight average that is saved."""
     checkpoint_every_n_steps: PositiveInt = 500
     """Steps between checkpoints; a rerun goes on from the newest."""
     seed: NonNegativeInt = 0
     """Seed of initialisation and batches."""
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> FitTokenizerConfig:
+        if self.warm_start is not None and self.autoencoder_steps:
+            raise ValueError(f"autoencoder_steps must be 0 with warm_start, got {self.autoencoder_steps}")
+        return self

@@ -27,7 +27,7 @@ from tokenization.fit_checkpoint import load_newest_checkpoint, save_checkpoint
 from tokenization.pixels import to_network_range
 from tokenization.reconstruction import EVALUATION_BATCH, Evaluation, evaluate_reconstruction, reconstruction_loss
 from tokenization.vq import VQNetwork
-from tokenization.weights_file import hash_weights, read_weights, write_weights
+from tokenization.weights_file import HISTORY_KEY, hash_weights, read_weights, resolve_weights, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ class Fit:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(_seed(config, "init"))
         self.network = VQNetwork(config.network).to(self.device)
+        if config.warm_start is not None:
+            _warm_start(self.network, config.warm_start)
         self.average = VQNetwork(config.network).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.network.state_dict())
         self.optimizer = _optimizer(self.network, learning_rate=config.learning_rate)
@@ -121,7 +123,7 @@ class Fit:
 
     def take_step(self) -> dict[str, float]:
         """Do one optimiser step and return its losses."""
-        if self.step == self.config.autoencoder_steps:
+        if self.step == self.config.autoencoder_steps and self.config.warm_start is None:
             self._initialize_codebook()
         images_BCHW = self._batch()
         for group in self.optimizer.param_groups:
@@ -172,14 +174,18 @@ class Fit:
         with autocast(self.device):
             if not self.uses_codebook:
                 vectors_BDHW = F.normalize(self.network.pre_quantize(images_BCHW).float(), dim=1)
-                return {"reconstruction": reconstruction_loss(self.network.decode_vectors(vectors_BDHW), images_BCHW)}
+                return {"reconstruction": self._error(self.network.decode_vectors(vectors_BDHW), images_BCHW)}
             output = self.network(images_BCHW, commitment_weight=self.config.commitment_weight)
         self.network.quantize.remember(output.quantized.codes_BHW)
         return {
-            "reconstruction": reconstruction_loss(output.reconstruction_BCHW, images_BCHW),
+            "reconstruction": self._error(output.reconstruction_BCHW, images_BCHW),
             "codebook": output.quantized.codebook_loss,
             "commitment": output.quantized.commitment_loss,
         }
+
+    def _error(self, reconstruction_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
+        weights = {"gradient_weight": self.config.gradient_weight, "squared_weight": self.config.squared_weight}
+        return reconstruction_loss(reconstruction_BCHW, images_BCHW, **weights)
 
     @torch.no_grad()
     def _unit_vectors(self, images_NHWC: np.ndarray) -> Tensor:
@@ -233,6 +239,16 @@ class Fit:
 
     def _generator(self, stream: str) -> torch.Generator:
         return torch.Generator().manual_seed(_seed(self.config, stream, self.step))
+
+
+def _warm_start(network: VQNetwork, path: str) -> None:
+    weights = read_weights(resolve_weights(path))
+    if weights.network != network.config:
+        raise ValueError(
+            f"warm-starting the fit from {path}: its network must be the spec's, {network.config!r}, "
+            f"got {weights.network!r}; set network to that of the file"
+        )
+    network.load_state_dict({**weights.state, HISTORY_KEY: network.quantize.codebook_used})
 
 
 def batch_positions(step: int, *, batch_size: int, num_images: int, seed: int) -> np.ndarray:

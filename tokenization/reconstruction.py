@@ -28,10 +28,22 @@ class Evaluation:
     """Distinct codes over the set."""
 
 
-def reconstruction_loss(reconstruction_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
-    """Return mean absolute error, plus that of the image gradients, plus that at 1/2, 1/4 and 1/8 size; a scalar."""
+def reconstruction_loss(
+    reconstruction_BCHW: Tensor, images_BCHW: Tensor, *, gradient_weight: float = 1.0, squared_weight: float = 0.0
+) -> Tensor:
+    """Return the mean absolute error of pixels, of gradients and of pixels at 1/2, 1/4 and 1/8 size, summed; a scalar.
+
+    Args:
+        reconstruction_BCHW: any float dtype, in the network's range [-1, 1].
+        images_BCHW: float32, same shape and range.
+        gradient_weight: of the horizontal and vertical gradients' errors.
+        squared_weight: of the mean squared error of pixels, which is added where it is above 0.
+    """
     error_BCHW = reconstruction_BCHW.float() - images_BCHW
-    loss = error_BCHW.abs().mean() + error_BCHW.diff(dim=2).abs().mean() + error_BCHW.diff(dim=3).abs().mean()
+    gradient_error = error_BCHW.diff(dim=2).abs().mean() + error_BCHW.diff(dim=3).abs().mean()
+    loss = error_BCHW.abs().mean() + gradient_weight * gradient_error
+    if squared_weight:
+        loss = loss + squared_weight * error_BCHW.square().mean()
     for _ in range(NUM_HALVINGS):
         error_BCHW = F.avg_pool2d(error_BCHW, 2)
         loss = loss + error_BCHW.abs().mean()

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  (torch's own idiom)
+from torch.nn import functional as F
 
 from training.config import ModelConfig
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (torch's own idiom)
+from torch.nn import functional as F
 
 from training.noise import make_windows
 
@@ -23,9 +23,9 @@ class WindowLoss:
 
     loss: Tensor
     """Scalar float32 with gradient."""
-    loss_of_offset_K: Tensor  # noqa: N815
+    loss_of_offset_K: Tensor
     """(K,) float32, mean cross-entropy in nats; detached."""
-    accuracy_of_offset_K: Tensor  # noqa: N815
+    accuracy_of_offset_K: Tensor
     """(K,) float32 in [0, 1]; detached."""
 
 

@@ -81,7 +81,8 @@ def join_ranks() -> Ranks:
         )
     has_cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda else "cpu")
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecated", category=FutureWarning)
+    # DeepSpeed calls collectives by names that torch has just renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # Inside the function: DeepSpeed picks its accelerator when it is imported, by the variable just set.
     import deepspeed  # noqa: PLC0415
     import deepspeed.ops  # noqa: PLC0415

@@ -29,9 +29,9 @@ WORDS_PER_CALL = 4
 class SampledCodes:
     """Codes and the way to them, on the CPU."""
 
-    codes_NT: Tensor  # noqa: N815
+    codes_NT: Tensor
     """int64, the final codes."""
-    drafts_NTK: Tensor  # noqa: N815
+    drafts_NTK: Tensor
     """int64: refinement r of each position, the first draft at r = 0, the final at r = K - 1. The first K - 1 positions
     are predicted fewer than K times; there the earliest prediction fills the refinements before it."""
     flip_rate: float | None

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
 
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import verify_shard_set
 from pipeline.storage import find_staged
 from pipeline.tokenize import run_tokenize
-from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "run_tokenize_job.py"
 NUM_UNITS = 6
@@ -66,18 +66,21 @@ def num_records(run_dir: Path) -> int:
     return len(list(run_dir.glob("ledger/*.json")))
 
 
-def test_a_driver_killed_three_times_leaves_nothing_half_done(corpus: Path, tmp_path: Path) -> None:
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "ray is starting": lambda run_dir: (run_dir / "plan.json").exists(),
+    "workers are writing": lambda run_dir: any(run_dir.glob("shards/.staged-*.tar-*")),
+    "units are done": lambda run_dir: num_records(run_dir) >= 2,
+}
+
+
+@pytest.mark.parametrize("names", [["units are done"], pytest.param(list(MOMENTS), marks=pytest.mark.slow)])
+def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, names: list[str]) -> None:
     run_dir = tmp_path / "set"
     config = job(corpus, run_dir)
-    moments: list[Callable[[], bool]] = [
-        lambda: (run_dir / "plan.json").exists(),  # Ray is starting
-        lambda: any(run_dir.glob("shards/.staged-*.tar-*")),  # workers are writing
-        lambda: num_records(run_dir) >= 2,  # some units are done
-    ]
     left_behind: list[psutil.Process] = []
-    for moment in moments:
+    for name in names:
         driver = start(config, tmp_path)
-        wait_until(moment, driver=driver)
+        wait_until(lambda name=name: MOMENTS[name](run_dir), driver=driver)  # type: ignore[misc]
         left_behind += kill(driver)
         for path in run_dir.glob("ledger/*.json"):
             assert files_of(run_dir)[f"shards/{path.stem}.tar"] == files_of(corpus / "whole")[f"shards/{path.stem}.tar"]

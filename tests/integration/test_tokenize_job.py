@@ -8,16 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-
-from pipeline.cluster import ray_session
-from pipeline.config import ClusterConfig, TokenizeConfig
-from pipeline.ledger import read_manifest, verify_shard_set
-from pipeline.pool import WorkerPool
-from pipeline.progress import LiveProgress, summary_table
-from pipeline.rejects import read_rejects
-from pipeline.sources import plan
-from pipeline.storage import ArtifactError
-from pipeline.tokenize import run_tokenize
 from toy_corpus import (
     files_of,
     png,
@@ -29,6 +19,16 @@ from toy_corpus import (
     write_tars,
     write_tiny_tokenizer,
 )
+
+from pipeline.cluster import ray_session
+from pipeline.config import ClusterConfig, TokenizeConfig
+from pipeline.ledger import read_manifest, verify_shard_set
+from pipeline.pool import WorkerPool
+from pipeline.progress import LiveProgress, summary_table
+from pipeline.rejects import read_rejects
+from pipeline.sources import plan
+from pipeline.storage import ArtifactError
+from pipeline.tokenize import run_tokenize
 
 ONE_WORKER = {"num_workers": 1}
 TWO_WORKERS = {"num_workers": 2}

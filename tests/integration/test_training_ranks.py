@@ -33,7 +33,7 @@ def start(config: TrainConfig, *, num_ranks: int = 2) -> subprocess.Popen[str]:
 
 def run(config: TrainConfig, *, num_ranks: int = 2) -> tuple[int, str]:
     process = start(config, num_ranks=num_ranks)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=280)
     return process.returncode, output
 
 
@@ -120,6 +120,7 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (3, "float32"), (3, "bfloat16")])
 def test_every_zero_stage_resumes_bit_for_bit(shards: Path, tmp_path: Path, zero_stage: int, dtype: str) -> None:
     changes = {"engine__zero_stage": zero_stage, "engine__dtype": dtype, "optimizer__schedule": "constant"}
@@ -133,6 +134,7 @@ def test_every_zero_stage_resumes_bit_for_bit(shards: Path, tmp_path: Path, zero
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_accumulated_micro_batches_and_one_rank_train_like_two(shards: Path, tmp_path: Path) -> None:
     changes = {"engine__dtype": "float32", "model__dropout": 0.0, "num_steps": 5, "validation": None}
     losses = []

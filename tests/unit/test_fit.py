@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tokenization.codebook import spherical_kmeans
 from tokenization.config import FitTokenizerConfig, TokenizerConfig, VQConfig
@@ -164,6 +165,24 @@ def test_reconstruction_loss_of_a_known_error() -> None:
     # Columns of +1 and -1: 1 at full size, gradient 2 across, nothing at the smaller sizes.
     stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 8, 8)
     assert reconstruction_loss(stripes, images).item() == pytest.approx(3.0)
+    # Half the gradient term, and the squared error of 1 three times.
+    assert reconstruction_loss(stripes, images, gradient_weight=0.5, squared_weight=3.0).item() == pytest.approx(5.0)
+
+
+def test_a_warm_start_begins_from_the_weights_of_the_file(root: Path) -> None:
+    weights = root / "whole" / "tokenizer.safetensors"
+    changes = {"warm_start": str(weights), "autoencoder_steps": 0, "num_steps": 1, "learning_rate": 1e-9}
+    finished = fit_tokenizer(config_in(root, "warm", **changes))
+    before, after = load_file(weights), load_file(finished)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-3) for name in before)
+
+
+def test_a_warm_start_from_another_network_is_refused(root: Path) -> None:
+    changes = {"warm_start": str(root / "whole" / "tokenizer.safetensors"), "autoencoder_steps": 0}
+    network = NETWORK.model_copy(update={"codebook_size": 16})
+    with pytest.raises(ValueError, match=r"its network must be the spec's.*codebook_size=16.*set network"):
+        fit_tokenizer(config_in(root, "warm-other", network=network, **changes))
 
 
 def test_kmeans_finds_well_separated_directions() -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from toy_corpus import png, sample_members, tokenize_config, tokenize_here, write_tar, write_tiny_tokenizer
 
 from pipeline.ledger import read_manifest
 from pipeline.preview import write_preview
 from pipeline.shards import read_shard
 from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
-from toy_corpus import png, sample_members, tokenize_config, tokenize_here, write_tar, write_tiny_tokenizer
 
 EVIL = '<script>alert(1)</script> & "friends"'
 

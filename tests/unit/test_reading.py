@@ -6,13 +6,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from toy_corpus import Members, png, sample_members, write_folder, write_tar
 from webdataset import tariterators
 
 from pipeline.config import ImageFolderSource, WebDatasetSource
 from pipeline.reading import InputSample, content_digest, read_unit
 from pipeline.sources import plan
 from pipeline.storage import ArtifactError
-from toy_corpus import Members, png, sample_members, write_folder, write_tar
 
 
 def read(path: Path, *, class_names: Path | None = None) -> list[InputSample]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar, write_tars, write_tiny_tokenizer
 
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord, Manifest, read_manifest, verify_shard_set
@@ -17,7 +18,6 @@ from pipeline.resume import check_identity, find_finished
 from pipeline.sources import plan
 from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
-from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar, write_tars, write_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toy_corpus import write_folder, write_tars
 
 from pipeline.config import ImageFolderSource, WebDatasetSource
 from pipeline.sources import plan
 from pipeline.storage import ArtifactError
-from toy_corpus import write_folder, write_tars
 
 
 def tars(*urls: str, class_names: str | None = None) -> WebDatasetSource:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
 
 from pipeline import worker as worker_module
 from pipeline.config import RulesConfig, TokenizeConfig
@@ -16,7 +17,6 @@ from pipeline.storage import ArtifactError, find_staged
 from pipeline.worker import UnitTokenizer, broken_rule
 from tokenization.crops import decode_image, make_views
 from tokenization.tokenizer import Tokenizer
-from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,22 @@ def test_codes_are_those_of_full_batches_over_all_views_in_order(
     )
     assert len(np.unique(by_hand)) > 10
     assert record.counts.num_written == record.counts.num_read == 7
+
+
+def test_batches_are_full_but_for_the_last_also_where_views_straddle_them(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "00000.tar", [member for number in range(3) for member in sample_members(number)])
+    sizes: list[int] = []
+    encode = Tokenizer.encode
+
+    def watched(self: Tokenizer, images_NHWC: np.ndarray) -> np.ndarray:
+        sizes.append(len(images_NHWC))
+        return encode(self, images_NHWC)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    run(config_of(tmp_path, weights, views={"kind": "ten_crop"}))
+    assert sizes == [4, 4, 4, 4, 4, 4, 4, 2]
 
 
 def test_metadata_tells_where_a_sample_comes_from(tmp_path: Path, weights: Path) -> None:
