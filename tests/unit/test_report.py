@@ -58,7 +58,8 @@ def write_codes(run_dir: Path) -> None:
 
 
 def write_training(run_dir: Path, *, spec: str, window_size: int) -> None:
-    remember_spec(load_spec(shipped_spec(spec), [f"run_dir={run_dir}", "num_steps=20"]))
+    overrides = [f"run_dir={run_dir}", "num_steps=20", "engine.global_batch_size=64"]
+    remember_spec(load_spec(shipped_spec(spec), overrides))
     lines = []
     for step in (10, 20):
         losses = [6.0 - step / 20 + offset / 8 for offset in range(window_size)]

@@ -1,6 +1,5 @@
 """The tokenizer: shapes, padding, fingerprint, file kinds, errors, and the shipped weights."""
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -191,11 +190,20 @@ def test_changed_and_cut_files_are_refused(tiny_path: Path, tmp_path: Path) -> N
         read_weights(cut)
 
 
-def test_a_file_that_runs_code_on_loading_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "pickled.pt"
-    torch.save({"model": tiny_state(), "args": argparse.Namespace(run=print)}, path)
+class TouchesOnLoading:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_runs_code_on_loading_is_refused_and_does_not_run_it(tmp_path: Path) -> None:
+    path, trace = tmp_path / "pickled.pt", tmp_path / "trace"
+    torch.save({"model": tiny_state(), "args": TouchesOnLoading(trace)}, path)
     with pytest.raises(ValueError, match="must hold nothing but tensors and plain values"):
         read_weights(path, network="vq8")
+    assert not trace.exists()
 
 
 def test_other_wrong_files_say_what_to_do(tiny_path: Path, tmp_path: Path) -> None:
