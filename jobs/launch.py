@@ -174,4 +174,5 @@ def _describe_failure(error: Exception, *, run_dir: Path) -> str:
         return f"train {run_dir}: Ray Train failed: {' '.join(str(error).split())}"
     # When a rank dies the others lose their connections to it; the cause is what did not.
     rank = min(failures, key=lambda rank: ("onnection" in str(failures[rank]), rank))
-    return f"train {run_dir}: rank {rank} failed: {failures[rank]}; see {run_dir}/logs/rank_{rank:05d}.log"
+    cause = f"{type(failures[rank]).__name__}: {failures[rank]}"
+    return f"train {run_dir}: rank {rank} failed: {cause}; see {run_dir}/logs/rank_{rank:05d}.log"
