@@ -108,7 +108,8 @@ def load_model(
     _check_keys(f"load weights {file}", expected=_expected_shapes(header.config), found=state)
     with torch.device("meta"):
         model = TensorAR(header.config)
-    model.load_state_dict(state, assign=True)
+    # Copies in aligned memory: a mapped file's tensors start anywhere, and matrix products round by their alignment.
+    model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
     model_file = ModelFile(
         path=file,
         sha256=sha256_of_file(file),
