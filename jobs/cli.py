@@ -89,6 +89,10 @@ def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
     """Run a spec; running it again resumes it."""
     spec = load_spec(spec_path, overrides)
     result = run_spec(spec)
+    if spec.kind == "tokenize":
+        from pipeline.progress import summary_table  # noqa: PLC0415  (imports numpy)
+
+        Console().print(summary_table(result))
     click.echo(_outcome(spec, result))
 
 

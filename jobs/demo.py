@@ -23,6 +23,7 @@ from jobs.run import SPEC_NAME, run_spec
 from jobs.spec import Spec, SpecError, load_spec, shipped_spec
 from jobs.timings import add_time
 from pipeline.preview import write_preview
+from pipeline.progress import summary_table
 from pipeline.storage import exclusive
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
             is_new = not (Path(spec.run_dir) / SPEC_NAME).exists()
             with progress.stage(stage.name, stage.title, is_new=is_new):
                 progress.console.print(f"spec: jobs/specs/{stage.spec}.yaml", style="dim")
-                run_spec(spec)
+                result = run_spec(spec)
+                if spec.kind == "tokenize":
+                    progress.console.print(summary_table(result))
                 if stage.name == "tokenize" and not (run_root / "codes" / "preview.html").is_file():
                     write_preview(run_root / "codes")
         with progress.stage("report", "write the report", is_new=True):
