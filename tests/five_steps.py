@@ -52,7 +52,9 @@ for step in range(5):
     engine.step()
     loss = ranks.sum(result.loss.detach().clone()) / ranks.world_size
     torch.testing.assert_close(loss, steps["losses"][step], atol=1e-5, rtol=0)
-    assert abs(grad_norm(engine) - float(steps["grad_norms"][step])) < 1e-4, (step, grad_norm(engine))
+    norm = grad_norm(engine)
+    # Without ZeRO and in float32 DeepSpeed clips but tells no norm; the weights below show that it clipped alike.
+    assert norm is None if zero_stage == 0 else abs(norm - float(steps["grad_norms"][step])) < 1e-4, (step, norm)
 weights = full_weights(engine, is_kept=True)
 for name, wanted in steps["final_state_dict"].items():
     torch.testing.assert_close(weights["base." + name], wanted, atol=2e-5, rtol=0)

@@ -149,6 +149,8 @@ def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
 
 
 def grad_norm(engine: Engine) -> float | None:
-    """Return the global gradient norm of the last step, before clipping; none where it was not computed."""
+    """Return the global gradient norm of the last step, before clipping; none at ZeRO 0 in float32, where DeepSpeed
+    clips without telling it.
+    """
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
