@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -153,10 +155,12 @@ def _check_names(overrides: Sequence[str]) -> None:
 def _farewell(progress: _Progress, report: Path) -> None:
     console, run_root = progress.console, progress.run_root
     console.rule(f"[bold]the demo took {progress.elapsed_s:.0f} s", align="left")
-    sample = "tensorar run jobs/specs/sample_tensorar.yaml"
+    # `make demo` calls the command by its path; what is printed must work in the same shell.
+    command = "tensorar" if shutil.which("tensorar") else sys.argv[0]
+    sample = f"{command} run jobs/specs/sample_tensorar.yaml"
     paths = f"--set weights={run_root}/tensorar --set run_dir={run_root}/samples-2"
     console.print(f"report: {report.resolve()}", soft_wrap=True)
     console.print("next, try:")
     console.print(f"  {sample} {paths} --set seed=1", soft_wrap=True)
-    console.print(f"  tensorar preview {run_root}/codes-validation", soft_wrap=True)
-    console.print(f"  tensorar verify {run_root}/tensorar", soft_wrap=True)
+    console.print(f"  {command} preview {run_root}/codes-validation", soft_wrap=True)
+    console.print(f"  {command} verify {run_root}/tensorar", soft_wrap=True)
