@@ -76,7 +76,7 @@ def join_ranks() -> Ranks:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise ValueError(
-            f"join ranks: {', '.join(_VARIABLES)} must be set, got none of {', '.join(missing)}; start with torchrun "
+            f"join ranks: {', '.join(_VARIABLES)} must be set, got no {', '.join(missing)}; start with torchrun "
             f"(torchrun --standalone --nproc-per-node 2 -m jobs.cli run SPEC) or use cluster.launcher: ray"
         )
     has_cuda = torch.cuda.is_available()
