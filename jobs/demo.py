@@ -24,9 +24,9 @@ from jobs.report import write_report
 from jobs.run import SPEC_NAME, run_spec
 from jobs.spec import Spec, SpecError, load_spec, shipped_spec
 from jobs.timings import add_time
+from pipeline.local_storage import exclusive
 from pipeline.preview import write_preview
 from pipeline.progress import summary_table
-from pipeline.storage import exclusive
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig
-from pipeline.storage import exclusive, local_path
+from pipeline.local_storage import exclusive, local_path
 from training.checkpoint import newest_whole_checkpoint, step_of_checkpoint
 from training.config import TrainConfig
 from training.follow import follow_metrics

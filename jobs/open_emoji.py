@@ -23,7 +23,7 @@ from typing import Any
 import resvg_py
 
 from jobs.npm import NpmPackage, fetch_packages, read_members
-from pipeline.storage import STAGED_PREFIX, stage, write_json
+from pipeline.local_storage import STAGED_PREFIX, stage, write_json
 
 log = logging.getLogger(__name__)
 

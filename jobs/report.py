@@ -21,7 +21,8 @@ from jobs.pictures import Pair, data_uri, held_out_pairs
 from jobs.run import SPEC_NAME
 from jobs.timings import read_timings
 from pipeline.ledger import read_manifest
-from pipeline.storage import ArtifactError, write_bytes
+from pipeline.local_storage import write_bytes
+from pipeline.storage import ArtifactError
 from training.metrics import read_metrics
 from training.sample import GAP_PX
 

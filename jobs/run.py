@@ -14,7 +14,8 @@ from typing import Any
 
 from jobs.spec import Spec
 from pipeline.config import TokenizeConfig
-from pipeline.storage import ArtifactError, local_path, write_json
+from pipeline.local_storage import local_path, write_json
+from pipeline.storage import ArtifactError
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
 

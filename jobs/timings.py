@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat
 
-from pipeline.storage import write_json
+from pipeline.local_storage import write_json
 from tokenization.config import Config
 
 TIMINGS_NAME = "timings.json"

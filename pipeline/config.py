@@ -44,6 +44,15 @@ class RulesConfig(Config):
     """Images whose longer side over shorter side is above it are dropped."""
 
 
+class S3Config(Config):
+    """How `s3://` URLs are reached; credentials come from the standard chain (environment, profile, role)."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server; without it AWS_ENDPOINT_URL, then AWS."""
+    max_attempts: PositiveInt = 8
+    """Times a request or a broken read is tried, with exponential back-off, before the work unit fails."""
+
+
 class ClusterConfig(Config):
     """Where a job runs; the only section that differs between a laptop and a cluster."""
 
@@ -75,6 +84,7 @@ class TokenizeConfig(Config):
     """Times a work unit is tried before the job fails."""
     max_rejected_fraction: Fraction = 0.1
     """Share of samples that may be rejected before the finished job is called failed."""
+    s3: S3Config = S3Config()
     cluster: ClusterConfig = ClusterConfig()
 
 

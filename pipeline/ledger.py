@@ -15,9 +15,10 @@ import numpy as np
 from pydantic import NonNegativeInt, ValidationError
 
 from pipeline.config import RulesConfig
+from pipeline.local_storage import find_staged, sha256_of_file, write_json
 from pipeline.rejects import Counts, add_counts, count, read_rejects
 from pipeline.shards import ShardInfo, ShardReader, codes_dtype, index_path
-from pipeline.storage import ArtifactError, find_staged, sha256_of_file, write_json
+from pipeline.storage import ArtifactError
 from tokenization.config import Config, TokenizerConfig, ViewsConfig
 from tokenization.fingerprint import Fingerprint
 

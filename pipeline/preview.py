@@ -20,9 +20,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.ledger import Manifest, read_manifest, read_record, record_path, rejects_path, shard_path
+from pipeline.local_storage import local_path, write_bytes
 from pipeline.rejects import Reject, read_rejects
 from pipeline.shards import ShardReader, ShardSample
-from pipeline.storage import ArtifactError, local_path, write_bytes
+from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
 
 MAX_USAGE_SAMPLES = 20_000

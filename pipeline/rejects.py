@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
-from pipeline.storage import ArtifactError, stage
+from pipeline.local_storage import stage
+from pipeline.storage import ArtifactError
 from tokenization.config import Config
 
 RULE_STAGE = "rule"

@@ -14,9 +14,10 @@ from typing import Any
 
 from pipeline.config import ImageFolderSource, TokenizeConfig
 from pipeline.ledger import LedgerRecord, committed_shard_problem, read_record, record_path, shard_path
+from pipeline.local_storage import sha256_of_file, write_json
 from pipeline.reading import content_digest, read_unit
 from pipeline.sources import Plan, WorkUnit, modification_mark
-from pipeline.storage import ArtifactError, sha256_of_file, write_json
+from pipeline.storage import ArtifactError
 from tokenization.fingerprint import Fingerprint
 
 MAX_NAMED_FIELDS = 8

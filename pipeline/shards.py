@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.storage import ArtifactError, sha256_of_file
+from pipeline.local_storage import sha256_of_file
+from pipeline.storage import ArtifactError
 from tokenization.config import Config
 
 CODES_EXTENSION = "codes.npy"

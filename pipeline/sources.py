@@ -19,7 +19,8 @@ from typing import Any
 import braceexpand
 
 from pipeline.config import ImageFolderSource, Source, WebDatasetSource
-from pipeline.storage import ArtifactError, local_path
+from pipeline.local_storage import local_path
+from pipeline.storage import ArtifactError
 
 FOLDER_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision's list, so that the order of a tree is ImageFolder's."""

@@ -1,148 +1,138 @@
-"""Writes that another process may read: staged beside their place, fsynced, committed in one rename.
+"""Where artifacts live: a directory, on a file system or on S3, whose files are whole or absent under their names.
 
-The invariant: under its own name a file is whole or absent, whatever is killed and whenever. A staged name starts with
-`.staged-`, so that no reader's pattern matches it and a later run can tell leftovers from data. The price is one
-fsync of the file and one of its directory for every commit (milliseconds; a shard holds thousands of samples).
+The invariant: what `write_bytes` and `stage` commit appears in one step (a rename, or the completion of an upload), so
+no reader ever sees a part of it, whatever is killed and whenever. Names are relative to the directory, with slashes.
+Listings carry size and mark, so that a scan of 100,000 files needs no request for each of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-STAGED_PREFIX = ".staged-"
-HASH_BLOCK_BYTES = 1 << 20
+from pipeline.config import S3Config
+
+S3_SCHEME = "s3://"
+Buffer = bytes | memoryview
+"""The whole content of a file, mapped where it is local."""
 
 
 class ArtifactError(RuntimeError):
-    """An artifact on disk is missing, damaged, of another make, or cannot be written; the message says what to do."""
+    """An artifact is missing, damaged, of another make, or cannot be written; the message says what to do."""
 
 
-def local_path(path: str | Path) -> Path:
-    """Return `path` as a local path.
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What a listing says of a file.
+
+    Attributes:
+        num_bytes: its size.
+        mark: changes when the file is written again: the modification time in ns, or the ETag on S3.
+    """
+
+    num_bytes: int
+    mark: str
+
+
+class Storage(ABC):
+    """A directory whose files are committed whole; made with `open_storage`.
+
+    Every method raises `FileNotFoundError` for a missing file and `ArtifactError` where the storage cannot be used
+    (no permission, no such bucket, disk full, retries exhausted), naming the file and the next action.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") or "/"
+
+    def __str__(self) -> str:
+        return self.url
+
+    def url_of(self, name: str) -> str:
+        """Return the full path or URL of a file, for messages and for other programs."""
+        return f"{self.url}/{name}" if name else self.url
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> dict[str, FileInfo]:
+        """Return the committed files whose names start with `prefix`, at any depth, sorted by name.
+
+        Costs one pass over the directory, or one request for each 1,000 objects; staged files are left out.
+        """
+
+    @abstractmethod
+    def find(self, name: str) -> FileInfo | None:
+        """Return what a listing would say of one file; None where it is missing."""
+
+    @abstractmethod
+    def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes `[start, end)` of a file; to its end without `end`.
+
+        On S3 a broken or short answer is resumed by range, with back-off.
+        """
+
+    @abstractmethod
+    def open(self, name: str) -> IO[bytes]:
+        """Return a file opened for reading, seekable; on S3 it reads ahead and resumes broken reads."""
+
+    @abstractmethod
+    def map(self, name: str) -> Buffer:
+        """Return the whole content of a file: memory-mapped where local, downloaded where not."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: bytes) -> FileInfo:
+        """Commit `data` as the whole content of a file, replacing an older one."""
+
+    @abstractmethod
+    def stage(self, name: str) -> AbstractContextManager[Path]:
+        """Return a context whose value is a local path to write to; a clean exit commits it as `name`.
+
+        After an error nothing is committed and the local file is removed.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file so that the removal outlives a crash; a missing file is fine."""
+
+    @abstractmethod
+    def remove_staged(self) -> int:
+        """Remove what killed runs left half-written (staged files, open uploads) and return how many there were."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Return a context that holds the directory's lock, so that two jobs never write it at once.
+
+        Raises:
+            ArtifactError: on entry, where another live process holds it.
+        """
+
+
+@lru_cache(maxsize=64)
+def open_storage(url: str, *, s3: S3Config = S3Config()) -> Storage:  # noqa: B008  (frozen)
+    """Return the storage behind a path or an `s3://bucket/prefix` URL; touches nothing yet.
 
     Args:
-        path: a path of a spec; `~` is expanded.
+        url: a directory; `~` is expanded.
+        s3: how S3 is reached; of no meaning for paths.
 
     Raises:
-        ArtifactError: the path is a URL (`s3://...`); only local and mounted storage is supported.
+        ArtifactError: the URL has another scheme.
     """
-    if "://" in str(path):
-        raise ArtifactError(f"open {path}: storage must be local or mounted, got {str(path)!r}; use a directory path")
-    return Path(path).expanduser()
+    # Both build on this module; and aiobotocore takes half a second to import.
+    if url.startswith(S3_SCHEME):
+        from pipeline.s3_storage import S3Storage  # noqa: PLC0415
+
+        return S3Storage(url, config=s3)
+    from pipeline.local_storage import LocalStorage  # noqa: PLC0415
+
+    if "://" in url:
+        raise ArtifactError(f"open {url}: storage must be a path or an s3:// URL, got {url!r}; mount it or copy it")
+    return LocalStorage(Path(url).expanduser())
 
 
-@contextlib.contextmanager
-def stage(path: Path) -> Iterator[Path]:
-    """Yield a staged path beside `path`; on a clean exit what was written there is committed as `path`.
-
-    A staged directory is committed too, with every file below it fsynced; its place must then be free.
-
-    Args:
-        path: the final place; its directory is made where it is missing, and an old file there is replaced.
-
-    Yields:
-        The path to write to; it does not exist yet. After an error it is removed and `path` is as before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged_path = path.with_name(f"{STAGED_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        yield staged_path
-        commit(staged_path, path)
-    except BaseException:
-        _remove_any(staged_path)
-        raise
-
-
-def commit(staged_path: Path, path: Path) -> None:
-    """Make a staged file or directory visible as `path`: fsync it, rename it, fsync the parent directory."""
-    if staged_path.is_dir():
-        for directory, _, names in os.walk(staged_path):
-            for name in names:
-                _fsync(Path(directory) / name)
-            _fsync(Path(directory))
-    else:
-        _fsync(staged_path)
-    staged_path.replace(path)
-    _fsync(path.parent)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Commit `data` as the whole content of `path`."""
-    with stage(path) as staged_path:
-        staged_path.write_bytes(data)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Commit `value` as indented JSON with a final newline; the keys keep their order, NaN is an error."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def remove(path: Path) -> None:
-    """Remove a file so that the removal outlives a crash; a missing file is fine."""
-    path.unlink(missing_ok=True)
-    if path.parent.exists():
-        _fsync(path.parent)
-
-
-def find_staged(directory: Path) -> list[Path]:
-    """Return the staged leftovers anywhere below `directory`, sorted."""
-    return sorted(directory.rglob(f"{STAGED_PREFIX}*"))
-
-
-def remove_staged(directory: Path) -> int:
-    """Remove the staged leftovers of killed runs below `directory` and return how many there were."""
-    leftovers = find_staged(directory)
-    for leftover in leftovers:
-        _remove_any(leftover)
-    return len(leftovers)
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the hex sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold `directory/.lock` while the body runs, so that two jobs never write one directory; the kernel frees it.
-
-    Raises:
-        ArtifactError: another live process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ArtifactError(
-                f"write {directory}: one job at a time may write a directory, and another does; wait for it or stop it"
-            ) from error
-        yield
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_any(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def split_url(url: str) -> tuple[str, str]:
+    """Return the directory and the name of a file: (`s3://b/x`, `a.tar`) of `s3://b/x/a.tar`, (`.`, `a.tar`) of `a.tar`."""
+    directory, slash, name = url.rpartition("/")
+    return (directory or slash or "."), name

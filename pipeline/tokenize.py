@@ -12,12 +12,13 @@ from pathlib import Path
 from pipeline.cluster import ray_session
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord, Manifest, write_manifest
+from pipeline.local_storage import exclusive, local_path, remove, remove_staged
 from pipeline.pool import WorkerPool
 from pipeline.progress import LiveProgress
 from pipeline.rejects import add_counts
 from pipeline.resume import check_identity, find_finished
 from pipeline.sources import Plan, plan
-from pipeline.storage import ArtifactError, exclusive, local_path, remove, remove_staged
+from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

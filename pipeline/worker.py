@@ -24,11 +24,12 @@ import numpy.typing as npt
 
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, record_path, rejects_path, shard_path, write_record
+from pipeline.local_storage import local_path, remove, stage
 from pipeline.reading import InputSample, add_to_digest, read_unit
 from pipeline.rejects import RULE_STAGE, Reject, count, write_rejects
 from pipeline.shards import ShardInfo, ShardReader, ShardSample, ShardWriter, describe_shard, index_path
 from pipeline.sources import KeyFormat, WorkUnit, modification_mark
-from pipeline.storage import ArtifactError, local_path, remove, stage
+from pipeline.storage import ArtifactError
 from tokenization.crops import ImageRejectedError, decode_image, make_views
 from tokenization.tokenizer import Tokenizer
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.storage import ArtifactError, sha256_of_file, write_json
+from pipeline.local_storage import sha256_of_file, write_json
+from pipeline.storage import ArtifactError
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipeline.storage import ArtifactError, exclusive, local_path, remove_staged, sha256_of_file, stage, write_json
+from pipeline.local_storage import exclusive, local_path, remove_staged, sha256_of_file, stage, write_json
+from pipeline.storage import ArtifactError
 from tokenization.fingerprint import Fingerprint
 from tokenization.tokenizer import Tokenizer
 from training.config import SampleConfig

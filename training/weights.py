@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.storage import ArtifactError, local_path, sha256_of_file, stage
+from pipeline.local_storage import local_path, sha256_of_file, stage
+from pipeline.storage import ArtifactError
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 from training.checkpoint import MODEL_FILE, newest_whole_checkpoint

@@ -16,7 +16,7 @@ from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, wri
 
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import verify_shard_set
-from pipeline.storage import find_staged
+from pipeline.local_storage import find_staged
 from pipeline.tokenize import run_tokenize
 
 SCRIPT = Path(__file__).parents[1] / "run_tokenize_job.py"

@@ -10,10 +10,11 @@ from toy_corpus import png, sample_members, tokenize_config, write_tar, write_ti
 from pipeline import worker as worker_module
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, read_record
+from pipeline.local_storage import find_staged
 from pipeline.rejects import read_rejects
 from pipeline.shards import read_shard
 from pipeline.sources import plan
-from pipeline.storage import ArtifactError, find_staged
+from pipeline.storage import ArtifactError
 from pipeline.worker import UnitTokenizer, broken_rule
 from tokenization.crops import decode_image, make_views
 from tokenization.tokenizer import Tokenizer

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import (
-    ArtifactError,
+from pipeline.local_storage import (
     exclusive,
     find_staged,
     local_path,
@@ -16,6 +15,7 @@ from pipeline.storage import (
     write_bytes,
     write_json,
 )
+from pipeline.storage import ArtifactError
 
 
 def test_nothing_is_visible_before_the_commit(tmp_path: Path) -> None:

@@ -1,0 +1,230 @@
+"""Local and mounted directories: what another process may read is staged beside its place, fsynced, then renamed.
+
+The invariant: under its own name a file is whole or absent, whatever is killed and whenever. A staged name starts with
+`.staged-`, so that no reader's pattern matches it and a later run can tell leftovers from data. The price is one
+fsync of the file and one of its directory for every commit (milliseconds; a shard holds thousands of samples).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage
+
+STAGED_PREFIX = ".staged-"
+HASH_BLOCK_BYTES = 1 << 20
+
+
+def local_path(path: str | Path) -> Path:
+    """Return `path` as a local path.
+
+    Args:
+        path: a path of a spec; `~` is expanded.
+
+    Raises:
+        ArtifactError: the path is a URL (`s3://...`); only local and mounted storage is supported.
+    """
+    if "://" in str(path):
+        raise ArtifactError(f"open {path}: storage must be local or mounted, got {str(path)!r}; use a directory path")
+    return Path(path).expanduser()
+
+
+@contextlib.contextmanager
+def stage(path: Path) -> Iterator[Path]:
+    """Yield a staged path beside `path`; on a clean exit what was written there is committed as `path`.
+
+    A staged directory is committed too, with every file below it fsynced; its place must then be free.
+
+    Args:
+        path: the final place; its directory is made where it is missing, and an old file there is replaced.
+
+    Yields:
+        The path to write to; it does not exist yet. After an error it is removed and `path` is as before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged_path = path.with_name(f"{STAGED_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        yield staged_path
+        commit(staged_path, path)
+    except BaseException:
+        _remove_any(staged_path)
+        raise
+
+
+def commit(staged_path: Path, path: Path) -> None:
+    """Make a staged file or directory visible as `path`: fsync it, rename it, fsync the parent directory."""
+    if staged_path.is_dir():
+        for directory, _, names in os.walk(staged_path):
+            for name in names:
+                _fsync(Path(directory) / name)
+            _fsync(Path(directory))
+    else:
+        _fsync(staged_path)
+    staged_path.replace(path)
+    _fsync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Commit `data` as the whole content of `path`."""
+    with stage(path) as staged_path:
+        staged_path.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Commit `value` as indented JSON with a final newline; the keys keep their order, NaN is an error."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def remove(path: Path) -> None:
+    """Remove a file so that the removal outlives a crash; a missing file is fine."""
+    path.unlink(missing_ok=True)
+    if path.parent.exists():
+        _fsync(path.parent)
+
+
+def find_staged(directory: Path) -> list[Path]:
+    """Return the staged leftovers anywhere below `directory`, sorted."""
+    return sorted(directory.rglob(f"{STAGED_PREFIX}*"))
+
+
+def remove_staged(directory: Path) -> int:
+    """Remove the staged leftovers of killed runs below `directory` and return how many there were."""
+    leftovers = find_staged(directory)
+    for leftover in leftovers:
+        _remove_any(leftover)
+    return len(leftovers)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the hex sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold `directory/.lock` while the body runs, so that two jobs never write one directory; the kernel frees it.
+
+    Raises:
+        ArtifactError: another live process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArtifactError(
+                f"write {directory}: one job at a time may write a directory, and another does; wait for it or stop it"
+            ) from error
+        yield
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_any(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class LocalStorage(Storage):
+    """A directory of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.root = root
+
+    def list(self, prefix: str = "") -> dict[str, FileInfo]:
+        """See `Storage.list`."""
+        folder, _, start = prefix.rpartition("/")
+        found = _scan(self.root / folder, prefix=f"{folder}/" if folder else "", start=start)
+        return dict(sorted(found))
+
+    def find(self, name: str) -> FileInfo | None:
+        """See `Storage.find`."""
+        try:
+            return _info((self.root / name).stat())
+        except FileNotFoundError:
+            return None
+
+    def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """See `Storage.read_bytes`."""
+        with (self.root / name).open("rb") as file:
+            file.seek(start)
+            return file.read() if end is None else file.read(end - start)
+
+    def open(self, name: str) -> IO[bytes]:
+        """See `Storage.open`."""
+        return (self.root / name).open("rb")
+
+    def map(self, name: str) -> Buffer:
+        """See `Storage.map`."""
+        with (self.root / name).open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""  # an empty file cannot be mapped
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def write_bytes(self, name: str, data: bytes) -> FileInfo:
+        """See `Storage.write_bytes`."""
+        write_bytes(self.root / name, data)
+        return _info((self.root / name).stat())
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """See `Storage.stage`."""
+        with stage(self.root / name) as staged_path:
+            yield staged_path
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        remove(self.root / name)
+
+    def remove_staged(self) -> int:
+        """See `Storage.remove_staged`."""
+        return remove_staged(self.root)
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """See `Storage.exclusive`."""
+        with exclusive(self.root):
+            yield
+
+
+def _scan(directory: Path, *, prefix: str, start: str = "") -> Iterator[tuple[str, FileInfo]]:
+    """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out."""
+    try:
+        entries = list(os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or not entry.name.startswith(start):
+            continue
+        if entry.is_dir():
+            yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
+        else:
+            with contextlib.suppress(FileNotFoundError):  # removed in between
+                yield prefix + entry.name, _info(entry.stat())
+
+
+def _info(status: os.stat_result) -> FileInfo:
+    return FileInfo(num_bytes=status.st_size, mark=str(status.st_mtime_ns))
