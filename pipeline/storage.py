@@ -133,6 +133,6 @@ def open_storage(url: str, *, s3: S3Config = S3Config()) -> Storage:  # noqa: B0
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Return the directory and the name of a file: (`s3://b/x`, `a.tar`) of `s3://b/x/a.tar`, (`.`, `a.tar`) of `a.tar`."""
+    """Return directory and name of a file: (`s3://b/x`, `a.tar`) for `s3://b/x/a.tar`, (`.`, `a.tar`) for `a.tar`."""
     directory, slash, name = url.rpartition("/")
     return (directory or slash or "."), name
