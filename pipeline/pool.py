@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord
 from pipeline.progress import LiveProgress
-from pipeline.sources import Plan, WorkUnit
+from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.storage import ArtifactError
 from pipeline.worker import UnitTokenizer
 

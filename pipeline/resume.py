@@ -12,11 +12,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ImageFolderSource, TokenizeConfig
+from pipeline.config import ImageFolderConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, committed_shard_problem, read_record, record_path, shard_path
 from pipeline.local_storage import sha256_of_file, write_json
-from pipeline.reading import content_digest, read_unit
-from pipeline.sources import Plan, WorkUnit, modification_mark
+from pipeline.sources.plan import Plan, Source, WorkUnit
+from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError
 from tokenization.fingerprint import Fingerprint
 
@@ -39,7 +39,7 @@ def check_identity(run_dir: Path, *, config: TokenizeConfig, plan: Plan, fingerp
         "rules": config.rules.model_dump(mode="json"),
         "max_image_pixels": config.max_image_pixels,
         "source_kind": source.kind,
-        "samples_per_unit": source.samples_per_unit if isinstance(source, ImageFolderSource) else None,
+        "samples_per_unit": source.samples_per_unit if isinstance(source, ImageFolderConfig) else None,
         "class_names": None if plan.class_names is None else list(plan.class_names),
         "num_units": len(plan.units),
         "unit_digits": plan.keys.unit_digits,
@@ -69,7 +69,7 @@ def check_identity(run_dir: Path, *, config: TokenizeConfig, plan: Plan, fingerp
         )
 
 
-def find_finished(run_dir: Path, *, plan: Plan, fingerprint_digest: str) -> dict[int, LedgerRecord]:
+def find_finished(run_dir: Path, *, source: Source, plan: Plan, fingerprint_digest: str) -> dict[int, LedgerRecord]:
     """Return the records of the units that need no work, by unit index; says in the log why others are done again.
 
     Raises:
@@ -86,7 +86,7 @@ def find_finished(run_dir: Path, *, plan: Plan, fingerprint_digest: str) -> dict
             logger.warning("unit %d is done again: %s", unit.unit_index, error)
             continue
         _check_same_unit(run_dir, unit, record, fingerprint_digest=fingerprint_digest)
-        reason = _reason_to_redo(run_dir, unit, record, stem=path.stem)
+        reason = _reason_to_redo(run_dir, unit, record, source=source, stem=path.stem)
         if reason is None:
             finished[unit.unit_index] = record
         else:
@@ -104,10 +104,10 @@ def _check_same_unit(run_dir: Path, unit: WorkUnit, record: LedgerRecord, *, fin
         )
 
 
-def _reason_to_redo(run_dir: Path, unit: WorkUnit, record: LedgerRecord, *, stem: str) -> str | None:
+def _reason_to_redo(run_dir: Path, unit: WorkUnit, record: LedgerRecord, *, source: Source, stem: str) -> str | None:
     if record.unit_fingerprint != unit.fingerprint:
         return "a size or name of its input changed"
-    if record.input_mark != modification_mark(unit) and record.input_sha256 != content_digest(read_unit(unit)):
+    if record.input_mark != unit.mark and record.input_sha256 != content_digest(source.read(unit)):
         return "the content of its input changed"
     problem = committed_shard_problem(run_dir, record, stem=stem)
     if problem is not None or record.shard is None:

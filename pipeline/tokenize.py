@@ -17,7 +17,8 @@ from pipeline.pool import WorkerPool
 from pipeline.progress import LiveProgress
 from pipeline.rejects import add_counts
 from pipeline.resume import check_identity, find_finished
-from pipeline.sources import Plan, plan
+from pipeline.sources.plan import Plan
+from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
 
@@ -37,12 +38,13 @@ def run_tokenize(config: TokenizeConfig, *, progress: bool = True) -> Manifest:
     """
     run_dir = local_path(config.run_dir)
     logger.info("tokenize %s: planning", run_dir)
-    the_plan = plan(config.source)
+    source = make_source(config.source, s3=config.s3)
+    the_plan = source.plan()
     tokenizer = Tokenizer.load(config.tokenizer)
     with exclusive(run_dir):
         num_leftovers = remove_staged(run_dir)
         check_identity(run_dir, config=config, plan=the_plan, fingerprint=tokenizer.fingerprint)
-        records = find_finished(run_dir, plan=the_plan, fingerprint_digest=tokenizer.fingerprint.digest)
+        records = find_finished(run_dir, source=source, plan=the_plan, fingerprint_digest=tokenizer.fingerprint.digest)
         logger.info(
             "tokenize %s: units=%d finished=%d leftovers_removed=%d",
             run_dir,

@@ -25,10 +25,11 @@ import numpy.typing as npt
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, record_path, rejects_path, shard_path, write_record
 from pipeline.local_storage import local_path, remove, stage
-from pipeline.reading import InputSample, add_to_digest, read_unit
 from pipeline.rejects import RULE_STAGE, Reject, count, write_rejects
 from pipeline.shards import ShardInfo, ShardReader, ShardSample, ShardWriter, describe_shard, index_path
-from pipeline.sources import KeyFormat, WorkUnit, modification_mark
+from pipeline.sources.plan import KeyFormat, WorkUnit
+from pipeline.sources.registry import make_source
+from pipeline.sources.sample import InputSample, add_to_digest
 from pipeline.storage import ArtifactError
 from tokenization.crops import ImageRejectedError, decode_image, make_views
 from tokenization.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class UnitTokenizer:
         """
         self._config, self._keys = config, keys
         self._run_dir = local_path(config.run_dir)
+        self._source = make_source(config.source, s3=config.s3)
         self._tokenizer = Tokenizer.load(
             config.tokenizer,
             device="cuda" if config.cluster.gpus_per_worker > 0 else "cpu",
@@ -91,7 +93,6 @@ class UnitTokenizer:
         seconds: defaultdict[str, float] = defaultdict(float)
         rejects: list[Reject] = []
         digest = hashlib.sha256()
-        input_mark = modification_mark(unit)
         prepared = _in_thread(self._prepare(unit, rejects=rejects, digest=digest, seconds=seconds))
         with contextlib.closing(prepared):
             shard = self._write_shard(stem, self._encode(prepared, seconds=seconds), seconds=seconds)
@@ -105,7 +106,7 @@ class UnitTokenizer:
             unit_index=unit.unit_index,
             unit=unit.name,
             unit_fingerprint=unit.fingerprint,
-            input_mark=input_mark,
+            input_mark=unit.mark,
             input_sha256=digest.hexdigest(),
             fingerprint_digest=self._tokenizer.fingerprint.digest,
             counts=count(rejects, num_written=0 if shard is None else shard.num_samples),
@@ -120,7 +121,7 @@ class UnitTokenizer:
         self, unit: WorkUnit, *, rejects: list[Reject], digest: hashlib._Hash, seconds: defaultdict[str, float]
     ) -> Iterator[PreparedSample]:
         """Yield the usable samples of a unit; the others are added to `rejects`."""
-        samples = read_unit(unit)
+        samples = self._source.read(unit)
         while True:
             with _timed(seconds, "read"):
                 sample = next(samples, None)

@@ -6,24 +6,29 @@ from pathlib import Path
 import pytest
 from toy_corpus import write_folder, write_tars
 
-from pipeline.config import ImageFolderSource, WebDatasetSource
-from pipeline.sources import plan
+from pipeline.config import ImageFolderConfig, S3Config, SourceConfig, WebDatasetConfig
+from pipeline.sources.plan import Plan
+from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError
 
 
-def tars(*urls: str, class_names: str | None = None) -> WebDatasetSource:
-    return WebDatasetSource(kind="webdataset", urls=urls, class_names=class_names)
+def plan(config: SourceConfig) -> Plan:
+    return make_source(config, s3=S3Config()).plan()
 
 
-def folder(root: Path, samples_per_unit: int = 1000) -> ImageFolderSource:
-    return ImageFolderSource(kind="image_folder", root=str(root), samples_per_unit=samples_per_unit)
+def tars(*urls: str, class_names: str | None = None) -> WebDatasetConfig:
+    return WebDatasetConfig(kind="webdataset", urls=urls, class_names=class_names)
+
+
+def folder(root: Path, samples_per_unit: int = 1000) -> ImageFolderConfig:
+    return ImageFolderConfig(kind="image_folder", root=str(root), samples_per_unit=samples_per_unit)
 
 
 def test_one_tar_is_one_unit_and_the_order_of_the_urls_is_kept(tmp_path: Path) -> None:
     write_tars(tmp_path / "a", num_tars=3)
     write_tars(tmp_path / "b", num_tars=2)
     units = plan(tars(f"{tmp_path}/b/*.tar", f"{tmp_path}/a/{{00002,00000}}.tar")).units
-    assert [Path(unit.paths[0]).relative_to(tmp_path).as_posix() for unit in units] == [
+    assert [Path(unit.details).relative_to(tmp_path).as_posix() for unit in units] == [
         "b/00000.tar",
         "b/00001.tar",
         "a/00002.tar",
