@@ -1,8 +1,8 @@
 """A tree of image files: one folder a class, or a caption file beside each image; a fixed run of files is a work unit.
 
 The invariant: the order is torchvision's ImageFolder's (folders sorted, then names), and labels follow the sorted class
-folders. A plan holds the names of its files compressed, about 5 bytes a sample; only the listing of one class folder (on
-S3, or with captions, of the tree) is ever held whole.
+folders. A plan holds the names of its files compressed, about 5 bytes a sample; only the listing of one class folder
+(on S3, or with captions, of the tree) is ever held whole.
 """
 
 from __future__ import annotations
