@@ -16,9 +16,10 @@ from pydantic import NonNegativeInt, ValidationError
 
 from pipeline.config import RulesConfig
 from pipeline.local_storage import find_staged, sha256_of_file, write_json
+from pipeline.npy_codes import codes_dtype
 from pipeline.rejects import Counts, add_counts, count, read_rejects
-from pipeline.shards import ShardInfo, ShardReader, codes_dtype, index_path
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardInfo, index_path, open_shard
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.config import Config, TokenizerConfig, ViewsConfig
 from tokenization.fingerprint import Fingerprint
 
@@ -236,7 +237,8 @@ def _codes_problems(path: Path, record: LedgerRecord, *, stem: str, manifest: Ma
     shape, dtype = (manifest.num_views, manifest.codes_per_image), np.dtype(codes_dtype(network.codebook_size))
     last_key = ""
     try:
-        reader = ShardReader(path)
+        reader = open_shard(open_storage(str(path.parent)), path.name)
+        yield from reader.check_structure()
         for position in range(reader.num_samples):
             sample = reader.sample(position)
             if not sample.key.startswith(stem) or sample.key <= last_key:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from pipeline.config import LoaderConfig
 from pipeline.ledger import Manifest, read_manifest
 from pipeline.philox import Int64Array, Purpose, permutation, random_words
-from pipeline.shards import ShardReader
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardReader, open_shard
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.fingerprint import Fingerprint
 
 NO_LABEL = -1
@@ -182,7 +182,7 @@ class ShardSet:
         return self._cache.read_batch(self, sample_indices, views=views)
 
     def _open_reader(self, shard: int) -> ShardReader:
-        return ShardReader(self.path / "shards" / self.manifest.shards[shard].name)
+        return open_shard(open_storage(str(self.path)), f"shards/{self.manifest.shards[shard].name}")
 
 
 class _Cache:

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.ledger import Manifest, read_manifest, read_record, record_path, rejects_path, shard_path
+from pipeline.ledger import Manifest, read_manifest, read_record, record_path, rejects_path
 from pipeline.local_storage import local_path, write_bytes
 from pipeline.rejects import Reject, read_rejects
-from pipeline.shards import ShardReader, ShardSample
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, open_shard
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 
 MAX_USAGE_SAMPLES = 20_000
@@ -127,7 +127,7 @@ def _spread_samples(shard_dir: Path, manifest: Manifest, *, num_samples: int) ->
     for shard in manifest.shards:
         end = start + shard.num_samples
         if next_wanted < num_shown and wanted[next_wanted] < end:
-            reader = ShardReader(shard_path(shard_dir, Path(shard.name).stem))
+            reader = open_shard(open_storage(str(shard_dir)), f"shards/{shard.name}")
             while next_wanted < num_shown and wanted[next_wanted] < end:
                 yield reader.sample(wanted[next_wanted] - start)
                 next_wanted += 1

@@ -16,7 +16,6 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +26,7 @@ from pipeline.ledger import LedgerRecord, record_path, rejects_path, shard_path,
 from pipeline.local_storage import local_path, remove, stage
 from pipeline.reading import InputSample, add_to_digest, read_unit
 from pipeline.rejects import RULE_STAGE, Reject, count, write_rejects
-from pipeline.shards import ShardInfo, ShardReader, ShardSample, ShardWriter, describe_shard, index_path
+from pipeline.shards import ShardInfo, ShardSample, ShardWriter, check_written, index_path
 from pipeline.sources import KeyFormat, WorkUnit, modification_mark
 from pipeline.storage import ArtifactError
 from tokenization.crops import ImageRejectedError, decode_image, make_views
@@ -167,16 +166,14 @@ class UnitTokenizer:
             remove(index_path(path))
             return None
         with stage(index_path(path)) as staged_index, stage(path) as staged_path:
-            keys = []
             with ShardWriter(staged_path, codebook_size=self._tokenizer.codebook_size) as writer:
                 for sample in chain([first], samples):
                     writer.add(sample)
-                    keys.append(sample.key)
-                staged_index.write_bytes(writer.close())
+                written = writer.close()
+            staged_index.write_bytes(written.index)
             with _timed(seconds, "commit"):
-                _check_staged_shard(staged_path, index=staged_index, keys=keys)
-                info = describe_shard(staged_path, name=path.name, num_samples=len(keys))
-        return info
+                check_written(staged_path, index=staged_index, written=written)
+        return written.info(path.name)
 
 
 def prepare_sample(sample: InputSample, *, key: str, config: TokenizeConfig) -> PreparedSample | Reject:
@@ -222,16 +219,6 @@ def broken_rule(width_px: int, height_px: int, *, rules: RulesConfig) -> str | N
     if rules.max_aspect_ratio is not None and long > rules.max_aspect_ratio * short:
         return "max_aspect_ratio"
     return None
-
-
-def _check_staged_shard(path: Path, *, index: Path, keys: list[str]) -> None:
-    """Read a staged shard back and compare its keys, so that a write that went wrong is never committed."""
-    reader = ShardReader(path, index=index)
-    found = [reader.sample(position).key for position in range(reader.num_samples)]
-    if found != keys:
-        raise OSError(
-            f"write shard {path}: {len(keys)} samples must read back, got {len(found)} others; check the disk"
-        )
 
 
 @contextlib.contextmanager

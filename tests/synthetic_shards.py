@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.config import RulesConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.rejects import Counts
-from pipeline.shards import ShardInfo, ShardSample, ShardWriter, describe_shard, index_path
+from pipeline.shards import ShardInfo, ShardSample, ShardWriter, index_path
 from tokenization.config import TokenizerConfig, ViewsConfig, VQConfig
 from tokenization.fingerprint import Fingerprint
 from training.config import TrainConfig
@@ -60,8 +60,9 @@ def write_shard_set(
                 metadata = {"caption": None, "label": index % NUM_CLASSES if label == "of_sample" else label}
                 writer.add(ShardSample(key=f"{shard:05d}{position:04d}", codes_VT=codes, metadata=metadata))
                 index += 1
-            index_path(path).write_bytes(writer.close())
-        shards.append(describe_shard(path, name=path.name, num_samples=num_samples))
+            written = writer.close()
+        index_path(path).write_bytes(written.index)
+        shards.append(written.info(path.name))
     total = sum(samples_per_shard)
     counts = Counts(
         num_read=total, num_written=total, num_dropped=0, num_rejected=0, dropped_by_reason={}, rejected_by_reason={}
