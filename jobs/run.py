@@ -23,7 +23,7 @@ SPEC_NAME = "spec.json"
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),
-    "tokenize": ("cluster", "max_attempts", "max_rejected_fraction"),
+    "tokenize": ("cluster", "max_attempts", "max_poison_units", "max_rejected_fraction", "s3"),
     "train": ("checkpoint", "cluster", "engine.micro_batch_size", "log_every_n_steps", "num_steps", "validation"),
     "sample": ("batch_size", "device"),
 }
