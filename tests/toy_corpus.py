@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.resume import check_identity
-from pipeline.sources import plan
+from pipeline.sources.registry import make_source
 from pipeline.tokenize import make_manifest
 from pipeline.worker import UnitTokenizer
 from tokenization.config import VQConfig
@@ -83,7 +83,7 @@ def tokenize_config(run_dir: Path, *, source: dict[str, Any], weights: Path, **f
 
 def tokenize_here(config: TokenizeConfig) -> Manifest:
     """What `run_tokenize` leaves behind, made in this process without Ray."""
-    the_plan, tokenizer = plan(config.source), Tokenizer.load(config.tokenizer)
+    the_plan, tokenizer = make_source(config.source, s3=config.s3).plan(), Tokenizer.load(config.tokenizer)
     worker = UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
