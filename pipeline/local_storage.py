@@ -198,6 +198,10 @@ class LocalStorage(Storage):
         """See `Storage.remove`."""
         remove(self.root / name)
 
+    def find_staged(self) -> tuple[str, ...]:
+        """See `Storage.find_staged`."""
+        return tuple(path.relative_to(self.root).as_posix() for path in find_staged(self.root))
+
     def remove_staged(self) -> int:
         """See `Storage.remove_staged`."""
         return remove_staged(self.root)

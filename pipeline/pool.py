@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class WorkerPool:
         self._last_problem = ""
         self._warned_s = time.monotonic()
 
-    def run(self, units: Iterable[WorkUnit]) -> Iterator[Finished | Poison | PoolState]:
+    def run(self, units: Iterable[WorkUnit]) -> Generator[Finished | Poison | PoolState, None, None]:
         """Yield each unit once, when it is committed or given up, and the state about twice a second.
 
         Closing the iterator ends the workers; what they have not committed is lost.
@@ -189,7 +189,9 @@ class WorkerPool:
     ) -> Iterator[Poison]:
         problems, limit = self._problems[unit.unit_index], self._config.max_attempts
         problems.append(problem)
-        logger.warning("unit %d (%s): attempt %d of %d failed: %s", unit.unit_index, unit.name, len(problems), limit, problem)
+        logger.warning(
+            "unit %d (%s): attempt %d of %d failed: %s", unit.unit_index, unit.name, len(problems), limit, problem
+        )
         if is_final or (len(problems) >= limit and not is_innocent):
             yield Poison(unit=unit, problems=tuple(problems))
         else:
@@ -201,7 +203,7 @@ class WorkerPool:
             problem = self._last_problem or "no worker is left"
             raise ArtifactError(
                 f"tokenize {self._config.run_dir}: workers must stay alive, got {self._deaths_in_a_row} deaths in a "
-                f"row, {len(self._waiting)} units are left: {problem}; mend the cause and rerun, finished units are kept"
+                f"row and {len(self._waiting)} units left: {problem}; mend the cause and rerun, finished units are kept"
             )
 
     def _state(self) -> PoolState:

@@ -141,9 +141,7 @@ def _redo(ledger: Ledger, stem: str, *, reason: str) -> None:
     ledger.forget(stem)
 
 
-def _unit_of(
-    storage: Storage, record: LedgerRecord, *, plan: Plan, stem: str, fingerprint_digest: str
-) -> WorkUnit:
+def _unit_of(storage: Storage, record: LedgerRecord, *, plan: Plan, stem: str, fingerprint_digest: str) -> WorkUnit:
     where = f"tokenize {storage}: unit {record.unit_index}"
     if record.unit_index >= len(plan.units) or plan.keys.stem(record.unit_index) != stem:
         raise ArtifactError(f"{where} of {stem}.json is not in the plan; use another run_dir")
@@ -183,7 +181,7 @@ def _input_reason(unit: WorkUnit, record: LedgerRecord, *, source: RetrySource) 
 
 
 def _identity(config: TokenizeConfig, *, plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
-    source = config.source.model_dump(mode="json", exclude=PLACE_FIELDS)
+    source = config.source.model_dump(mode="json", exclude=set(PLACE_FIELDS))
     return {
         "version": 1,
         "fingerprint": fingerprint.model_dump(mode="json"),

@@ -120,7 +120,9 @@ def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
     Raises:
         ArtifactError: a rejects file is damaged.
     """
-    retried = {key for unit in plan.units if isinstance(unit.details, RetryDetails) for key in unit.details.planned.keys}
+    retried = {
+        key for unit in plan.units if isinstance(unit.details, RetryDetails) for key in unit.details.planned.keys
+    }
     names = [name for name in storage.list("rejects/") if int(stem_of(name)) < len(plan.units)]
     with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
         rejects = [

@@ -103,6 +103,10 @@ class Storage(ABC):
         """Remove a file so that the removal outlives a crash; a missing file is fine."""
 
     @abstractmethod
+    def find_staged(self) -> tuple[str, ...]:
+        """Return the names of what killed runs, or running jobs, have staged and not committed, sorted."""
+
+    @abstractmethod
     def remove_staged(self) -> int:
         """Remove what killed runs left half-written (staged files, open uploads) and return how many there were."""
 

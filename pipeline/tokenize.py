@@ -118,7 +118,7 @@ class _Job:
     def _require_finished(self) -> None:
         if self._storage.find(MANIFEST_NAME) is None:
             raise ArtifactError(
-                f"retry rejects of {self._storage}: the set must be finished, got no manifest; run the tokenize job first"
+                f"retry rejects of {self._storage}: the set must be finished, got no manifest; run its job first"
             )
 
     def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[int]:

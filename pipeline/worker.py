@@ -174,9 +174,7 @@ class UnitTokenizer:
         under_way.seconds["crop"] += time.perf_counter() - start
         return prepared
 
-    def _encode(
-        self, under_way: _Unit, prepared: Iterable[PreparedSample | Reject]
-    ) -> Iterator[ShardSample]:
+    def _encode(self, under_way: _Unit, prepared: Iterable[PreparedSample | Reject]) -> Iterator[ShardSample]:
         """Yield the usable samples with their codes; every batch but the last is full. Rejects are put aside."""
         batch_size, num_views = self._config.tokenizer.batch_size, self._config.views.num_views
         waiting: deque[PreparedSample] = deque()
