@@ -5,34 +5,55 @@ Light: imports no torch and no ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tokenization.config import Config, Fraction, TokenizerConfig, ViewsConfig
 
 
-class WebDatasetSource(Config):
+class ListedFilesConfig(Config):
+    """Base of the sources whose files are named one by one."""
+
+    urls: tuple[str, ...] = ()
+    """Paths or s3:// URLs; braces (`{00000..00009}`) and globs are expanded, the order is kept."""
+    urls_file: str | None = None
+    """Text file with one such URL a line, instead of `urls`; lines that begin with # are comments."""
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> Self:
+        if bool(self.urls) == (self.urls_file is not None):
+            got = "both" if self.urls else "neither"
+            raise ValueError(f"exactly one of urls and urls_file must be given, got {got}; keep one")
+        return self
+
+
+class WebDatasetConfig(ListedFilesConfig):
     """Tars of samples; one tar is one work unit."""
 
     kind: Literal["webdataset"]
-    urls: tuple[str, ...]
-    """Tar paths; braces (`{00000..00009}`) and globs are expanded, the order is kept."""
     class_names: str | None = None
     """Text file with one class name a line, in label order; stored in the manifest."""
+    caption_field: str = "caption"
+    """Field of a sample's JSON that holds the caption; a `txt` member wins."""
+    label_field: str = "label"
+    """Field of a sample's JSON that holds the label; a `cls` member wins."""
 
 
-class ImageFolderSource(Config):
-    """A class-per-folder tree of images; a fixed run of sorted files is one work unit."""
+class ImageFolderConfig(Config):
+    """A tree of image files; a fixed run of sorted files is one work unit."""
 
     kind: Literal["image_folder"]
     root: str
-    """Folder whose sub-folders are the classes, in sorted order (ImageFolder's rule)."""
+    """Folder or s3:// URL that the images lie below."""
+    layout: Literal["class_per_folder", "captions"] = "class_per_folder"
+    """`class_per_folder`: its sub-folders are the classes, in sorted order (ImageFolder's rule); `captions`: each image
+    has NAME.txt, or NAME.json with a `caption`, beside it."""
     samples_per_unit: PositiveInt = 1000
-    """Files per work unit."""
+    """Images per work unit."""
 
 
-Source = Annotated[WebDatasetSource | ImageFolderSource, Field(discriminator="kind")]
+SourceConfig = Annotated[WebDatasetConfig | ImageFolderConfig, Field(discriminator="kind")]
 
 
 class RulesConfig(Config):
@@ -74,14 +95,16 @@ class TokenizeConfig(Config):
     kind: Literal["tokenize"]
     run_dir: str
     """The shard set: shards/, ledger/, rejects/, manifest.json."""
-    source: Source
+    source: SourceConfig
     tokenizer: TokenizerConfig
     views: ViewsConfig = ViewsConfig()
     rules: RulesConfig = RulesConfig()
     max_image_pixels: PositiveInt = 100_000_000
     """Images with more pixels are rejected before they are decoded (decompression bombs)."""
     max_attempts: PositiveInt = 3
-    """Times a work unit is tried before the job fails."""
+    """Times a work unit is tried before it is set aside as poison; the other units go on."""
+    max_poison_units: NonNegativeInt = 0
+    """Units that may be set aside before the job is called failed, once all others are done."""
     max_rejected_fraction: Fraction = 0.1
     """Share of samples that may be rejected before the finished job is called failed."""
     s3: S3Config = S3Config()

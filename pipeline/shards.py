@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pipeline.local_storage import sha256_of_file
 from pipeline.npy_codes import NPY_HEADER_BYTES, Codes, codes_dtype, codes_of_npy, npy_of_codes
-from pipeline.storage import ArtifactError, Buffer, Storage, open_storage
+from pipeline.storage import ArtifactError, Buffer, Storage
 from pipeline.ustar import (
     CHECKSUM_FIELD,
     MAX_NAME_BYTES,
@@ -175,16 +175,16 @@ class ShardWriter:
         self._waiting = bytearray()
 
 
-def check_written(path: Path, *, index: Path, written: WrittenShard) -> None:
-    """Read a staged shard and its index back, so that a write that went wrong is never committed.
+def check_written(path: Path, written: WrittenShard) -> None:
+    """Read a staged shard back, so that a write that went wrong is never committed.
 
     Raises:
-        OSError: either is not what was written; trying again may help.
+        OSError: it is not what was written; trying again may help.
     """
     sha256 = sha256_of_file(path)
-    if sha256 != written.sha256 or index.read_bytes() != written.index:
+    if sha256 != written.sha256:
         raise OSError(
-            f"write shard {path}: {written.num_bytes} bytes with sha256 {written.sha256[:8]}.. and their index must "
+            f"write shard {path}: {written.num_bytes} bytes with sha256 {written.sha256[:8]}.. must "
             f"read back, got {path.stat().st_size} with {sha256[:8]}..; check the disk"
         )
 
@@ -326,13 +326,17 @@ def open_shard(storage: Storage, name: str) -> ShardReader:
     return ShardReader(data, index=index, where=where)
 
 
-def read_shard(path: Path) -> Iterator[ShardSample]:
-    """Yield the samples of a local shard in order.
+def read_shard(storage: Storage, name: str) -> Iterator[ShardSample]:
+    """Yield the samples of a shard in order.
+
+    Args:
+        storage: the shard set.
+        name: `shards/00000.tar`.
 
     Raises:
         ArtifactError: the shard or its index is missing or damaged.
     """
-    reader = open_shard(open_storage(str(path.parent)), path.name)
+    reader = open_shard(storage, name)
     for position in range(reader.num_samples):
         yield reader.sample(position)
 

@@ -8,7 +8,8 @@ import numpy as np
 from pipeline.config import RulesConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.rejects import Counts
-from pipeline.shards import ShardInfo, ShardSample, ShardWriter, index_path
+from pipeline.shards import ShardInfo, ShardSample, ShardWriter
+from pipeline.storage import open_storage
 from tokenization.config import TokenizerConfig, ViewsConfig, VQConfig
 from tokenization.fingerprint import Fingerprint
 from training.config import TrainConfig
@@ -61,7 +62,7 @@ def write_shard_set(
                 writer.add(ShardSample(key=f"{shard:05d}{position:04d}", codes_VT=codes, metadata=metadata))
                 index += 1
             written = writer.close()
-        index_path(path).write_bytes(written.index)
+        path.with_name(f"{path.name}.idx").write_bytes(written.index)
         shards.append(written.info(path.name))
     total = sum(samples_per_shard)
     counts = Counts(
@@ -77,9 +78,10 @@ def write_shard_set(
         codes_per_image=num_codes,
         class_names=None,
         shards=shards,
+        poison_units=[],
         totals=counts,
     )
-    write_manifest(run_dir, manifest)
+    write_manifest(open_storage(str(run_dir)), manifest)
     return run_dir
 
 

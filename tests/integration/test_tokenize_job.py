@@ -29,7 +29,7 @@ from pipeline.ledger import read_manifest, verify_shard_set
 from pipeline.pool import WorkerPool
 from pipeline.progress import LiveProgress
 from pipeline.rejects import read_rejects
-from pipeline.sources import plan
+from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError
 from pipeline.tokenize import run_tokenize
 
@@ -131,7 +131,7 @@ def test_a_rerun_skips_what_is_done_and_does_the_rest(
 
 def test_workers_that_cannot_start_fail_the_job_with_their_reason(corpus: Path, tmp_path: Path) -> None:
     config = job(corpus, tmp_path / "set", folder=True, cluster=ONE_WORKER, max_attempts=1)
-    the_plan = plan(config.source)
+    the_plan = make_source(config.source, s3=config.s3).plan()
     live = LiveProgress(num_units=len(the_plan.units), num_units_done=0, show=False)
     pool = WorkerPool(config, the_plan=the_plan, fingerprint_digest="0123456789abcdef", live=live)
     with pytest.raises(ArtifactError, match=r"got 4 of 4 failed: unit 0 .*must be 0123456789abcdef everywhere"):

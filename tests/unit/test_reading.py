@@ -9,16 +9,17 @@ import pytest
 from toy_corpus import Members, png, sample_members, write_folder, write_tar
 from webdataset import tariterators
 
-from pipeline.config import ImageFolderSource, WebDatasetSource
-from pipeline.reading import InputSample, content_digest, read_unit
-from pipeline.sources import plan
+from pipeline.config import ImageFolderConfig, S3Config, WebDatasetConfig
+from pipeline.sources.registry import make_source
+from pipeline.sources.sample import InputSample, content_digest
 from pipeline.storage import ArtifactError
 
 
 def read(path: Path, *, class_names: Path | None = None) -> list[InputSample]:
     names = None if class_names is None else str(class_names)
-    source = WebDatasetSource(kind="webdataset", urls=(str(path),), class_names=names)
-    return list(read_unit(plan(source).units[0]))
+    config = WebDatasetConfig(kind="webdataset", urls=(str(path),), class_names=names)
+    source = make_source(config, s3=S3Config())
+    return list(source.read(source.plan().units[0]))
 
 
 def test_fields_of_good_samples(tmp_path: Path) -> None:
@@ -121,9 +122,10 @@ def test_names_that_are_not_utf8_become_printable(tmp_path: Path) -> None:
 
 def test_folder_samples_carry_path_and_class_and_a_lost_file_is_a_problem(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "tree", images_per_class=2)
-    unit = plan(ImageFolderSource(kind="image_folder", root=str(root))).units[0]
+    source = make_source(ImageFolderConfig(kind="image_folder", root=str(root)), s3=S3Config())
+    unit = source.plan().units[0]
     (root / "bear" / "0.png").unlink()
-    samples = list(read_unit(unit))
+    samples = list(source.read(unit))
     assert [(sample.source, sample.label) for sample in samples[:2]] == [("apple/0.png", 0), ("apple/1.png", 0)]
     assert samples[0].data == png(0)
     assert samples[2].problem is not None

@@ -15,7 +15,7 @@ from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord, Manifest, read_manifest, verify_shard_set
 from pipeline.rejects import Counts, Reject, add_counts, count
 from pipeline.resume import check_identity, find_finished
-from pipeline.sources import plan
+from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
 
@@ -110,9 +110,10 @@ def test_verify_finds(root: Path, damage: Callable[[Path], object], expected: st
 
 
 def finished_units(root: Path) -> list[int]:
-    the_plan = plan(config_of(root).source)
+    config = config_of(root)
+    source = make_source(config.source, s3=config.s3)
     digest = Tokenizer.load(config_of(root).tokenizer).fingerprint.digest
-    return sorted(find_finished(root / "set", plan=the_plan, fingerprint_digest=digest))
+    return sorted(find_finished(root / "set", source=source, plan=source.plan(), fingerprint_digest=digest))
 
 
 def rewrite_same_size(path: Path) -> None:
@@ -146,11 +147,12 @@ def test_a_rerun_skips_only_what_is_as_its_record_says(
 
 def test_a_unit_of_another_file_is_refused(root: Path) -> None:
     (root / "tars" / "00001.tar").rename(root / "tars" / "other.tar")
-    source = {"kind": "webdataset", "urls": [f"{root}/tars/{name}.tar" for name in ("00000", "other", "00002")]}
-    config = tokenize_config(root / "set", source=source, weights=root / "tiny.safetensors")
+    corpus = {"kind": "webdataset", "urls": [f"{root}/tars/{name}.tar" for name in ("00000", "other", "00002")]}
+    config = tokenize_config(root / "set", source=corpus, weights=root / "tiny.safetensors")
     digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    source = make_source(config.source, s3=config.s3)
     with pytest.raises(ArtifactError, match=r"unit 1 was made from '00001\.tar', got 'other\.tar'"):
-        find_finished(root / "set", plan=plan(config.source), fingerprint_digest=digest)
+        find_finished(root / "set", source=source, plan=source.plan(), fingerprint_digest=digest)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,9 @@ def test_another_job_in_the_same_directory_is_refused_naming_the_fields(
 ) -> None:
     config = config_of(root, **fields)
     fingerprint = Tokenizer.load(config.tokenizer).fingerprint
+    the_plan = make_source(config.source, s3=config.s3).plan()
     with pytest.raises(ArtifactError) as caught:
-        check_identity(root / "set", config=config, plan=plan(config.source), fingerprint=fingerprint)
+        check_identity(root / "set", config=config, plan=the_plan, fingerprint=fingerprint)
     assert expected in str(caught.value)
 
 
@@ -175,8 +178,9 @@ def test_another_tokenizer_in_the_same_directory_is_refused_naming_the_fields(ro
     write_tiny_tokenizer(root / "tiny.safetensors", seed=1)
     config = config_of(root)
     fingerprint = Tokenizer.load(config.tokenizer).fingerprint
+    the_plan = make_source(config.source, s3=config.s3).plan()
     with pytest.raises(ArtifactError, match=r"got fingerprint\.weights_sha256 '\w+' -> '\w+'; use another run_dir"):
-        check_identity(root / "set", config=config, plan=plan(config.source), fingerprint=fingerprint)
+        check_identity(root / "set", config=config, plan=the_plan, fingerprint=fingerprint)
 
 
 def test_counts_that_do_not_balance_cannot_be_made() -> None:

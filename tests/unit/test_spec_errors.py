@@ -81,9 +81,9 @@ def test_a_rule_of_a_group_names_the_group(tmp_path: Path) -> None:
 def test_a_missing_field_is_told_with_its_meaning(tmp_path: Path) -> None:
     text = TRAIN.replace("num_steps: 5\n", "")
     assert problems(tmp_path, text) == ["spec.yaml:1: num_steps is required: Optimiser steps of the whole run"]
-    text = "kind: tokenize\nrun_dir: x\ntokenizer: {weights: a}\nsource:\n  kind: webdataset\n"
-    meaning = "Tar paths; braces (`{00000..00009}`) and globs are expanded, the order is kept"
-    assert problems(tmp_path, text) == [f"spec.yaml:4: source.urls is required: {meaning}"]
+    text = "kind: tokenize\nrun_dir: x\ntokenizer: {weights: a}\nsource:\n  kind: image_folder\n"
+    meaning = "Folder or s3:// URL that the images lie below"
+    assert problems(tmp_path, text) == [f"spec.yaml:4: source.root is required: {meaning}"]
 
 
 def test_unions_are_told_by_their_kinds(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.ledger import LedgerRecord, read_record
 from pipeline.local_storage import find_staged
 from pipeline.rejects import read_rejects
 from pipeline.shards import read_shard
-from pipeline.sources import plan
+from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError
 from pipeline.worker import UnitTokenizer, broken_rule
 from tokenization.crops import decode_image, make_views
@@ -31,7 +31,7 @@ def config_of(tmp_path: Path, weights: Path, **fields: Any) -> TokenizeConfig:
 
 
 def run(config: TokenizeConfig) -> LedgerRecord:
-    the_plan = plan(config.source)
+    the_plan = make_source(config.source, s3=config.s3).plan()
     digest = Tokenizer.load(config.tokenizer).fingerprint.digest
     return UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=digest).run(the_plan.units[0])
 
@@ -158,7 +158,9 @@ def test_other_weights_on_a_worker_are_refused(tmp_path: Path, weights: Path) ->
     write_tar(tmp_path / "00000.tar", sample_members(0))
     config = config_of(tmp_path, weights)
     with pytest.raises(ArtifactError, match="must be 0123456789abcdef everywhere"):
-        UnitTokenizer(config, keys=plan(config.source).keys, fingerprint_digest="0123456789abcdef")
+        UnitTokenizer(
+            config, keys=make_source(config.source, s3=config.s3).plan().keys, fingerprint_digest="0123456789abcdef"
+        )
 
 
 @pytest.mark.parametrize(

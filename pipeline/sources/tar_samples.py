@@ -1,0 +1,146 @@
+"""A tar as samples, by webdataset's rules; every cut of a tar is an error.
+
+The invariant: a tar that is cut short is an error and not a shorter corpus (tarfile alone takes a cut between two
+members, or inside a header, for the end). What is odd about a sample is that sample's problem.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+from pipeline.config import S3Config
+from pipeline.sources.fields import checked_caption, checked_label, parse_caption, parse_json, parse_label
+from pipeline.sources.sample import InputSample, UnusableSampleError
+from pipeline.storage import ArtifactError, open_storage, split_url
+
+IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+TAR_BLOCK_BYTES = 512
+_MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+
+Members = list[tuple[str, bytes]]
+"""The members of one sample: lower-case extension and data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file of a tar; `offset` is where its header begins."""
+
+    name: str
+    data: bytes
+    offset: int
+
+
+def read_groups(url: str, *, s3: S3Config) -> Iterator[tuple[str, Members]]:
+    """Yield (key, members) of a tar by webdataset's rules: first dot splits, neighbours with one key belong together.
+
+    Raises:
+        ArtifactError: the tar cannot be opened, is cut short, damaged or compressed.
+    """
+    directory, name = split_url(url)
+    key, members = "", Members()
+    try:
+        with open_storage(directory, s3=s3).open(name) as file:
+            for member in _read_members(file, where=url):
+                match = _MEMBER_NAME.match(member.name)
+                if match is None or _META_NAME.match(member.name):
+                    continue
+                if members and match.group(1) != key:
+                    yield key, members
+                    members = []
+                key = match.group(1)
+                members.append((match.group(2).lower(), member.data))
+    except OSError as error:
+        raise ArtifactError(f"read {url}: must be readable, got {error}; fetch or write it again") from error
+    if members:
+        yield key, members
+
+
+def make_sample(
+    members: Members,
+    *,
+    position: int,
+    source: str,
+    caption_field: str = "caption",
+    label_field: str = "label",
+    num_classes: int | None = None,
+) -> InputSample:
+    """Return a sample of one image with what its `json`, `txt` and `cls` members say; `txt` and `cls` win.
+
+    Args:
+        members: as `read_groups` yields them.
+        position: its place in the work unit.
+        source: its key, printable.
+        caption_field: the JSON field that holds the caption.
+        label_field: the JSON field that holds the label.
+        num_classes: labels must be below it; None if the classes are not known.
+
+    Raises:
+        UnusableSampleError: there is not exactly one image, or a field cannot be used.
+    """
+    image, texts = split_members(members)
+    fields = parse_json(texts["json"]) if "json" in texts else {}
+    caption, label = fields.pop(caption_field, None), fields.pop(label_field, None)
+    if "txt" in texts:
+        caption = parse_caption(texts["txt"])
+    if "cls" in texts:
+        label = parse_label(texts["cls"])
+    return InputSample(
+        position=position,
+        source=source,
+        data=image,
+        caption=checked_caption(caption),
+        label=checked_label(label, num_classes=num_classes),
+        extra=fields,
+    )
+
+
+def split_members(members: Members) -> tuple[bytes, dict[str, bytes]]:
+    """Return the image of a sample and its other members by extension.
+
+    Raises:
+        UnusableSampleError: an extension stands there twice, or there is not exactly one image.
+    """
+    texts = dict(members)
+    if len(texts) < len(members):
+        raise UnusableSampleError("duplicate_member", _named(members))
+    images = [extension for extension in texts if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise UnusableSampleError("several_images" if images else "no_image", _named(members))
+    return texts.pop(images[0]), texts
+
+
+def _named(members: Members) -> str:
+    return f"members {', '.join(extension for extension, _ in members)}"
+
+
+def _read_members(file: IO[bytes], *, where: str) -> Iterator[Member]:
+    """Yield the regular members of a tar; unlike tarfile alone, refuse a tar that is cut short."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                content = tar.extractfile(info) if info.isreg() else None
+                if content is not None:
+                    yield Member(info.name, content.read(), info.offset)
+            _check_end(file, offset=tar.offset, where=where)
+    except (tarfile.TarError, OSError) as error:
+        raise ArtifactError(
+            f"read {where}: must be a whole, uncompressed tar, got {error}; fetch or write it again"
+        ) from error
+
+
+def _check_end(file: Any, *, offset: int, where: str) -> None:
+    """Check that zero blocks, and nothing else, follow the last member; tarfile takes a cut at a member for the end."""
+    file.seek(offset)
+    end = file.read(TAR_BLOCK_BYTES)
+    if end != bytes(TAR_BLOCK_BYTES):
+        raise ArtifactError(
+            f"read {where}: a tar ends in zero blocks, got {len(end)} other bytes at {offset}; fetch or write it again"
+        )
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise ArtifactError(f"read {where}: nothing may follow the end of a tar, got more data; split joined tars")
