@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 
 from jobs.run import run_spec
 from jobs.spec import Spec, SpecError, load_spec
+from pipeline.config import S3Config, TokenizeConfig
+from pipeline.storage import open_storage
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -24,7 +26,6 @@ EXIT_INTERRUPTED = 130
 
 OUR_PACKAGES = ("tokenization", "pipeline", "training", "jobs")
 
-DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 RUN_ROOT = click.option(
     "--dir",
     "run_root",
@@ -32,6 +33,11 @@ RUN_ROOT = click.option(
     show_default=True,
     type=click.Path(path_type=Path),
     help="Runs and report.",
+)
+DIRECTORY = click.argument("directory", metavar="DIR")
+ENDPOINT_URL = click.option("--endpoint-url", help="S3-compatible server, where DIR is an s3:// URL.")
+OVERRIDES = click.option(
+    "--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable."
 )
 DATA_ROOT = click.option(
     "--data", "data_root", default="data", show_default=True, type=click.Path(path_type=Path), help="Corpus, downloads."
@@ -84,7 +90,7 @@ def validate(*, specs: tuple[Path, ...]) -> None:
 
 @main.command()
 @click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable.")
+@OVERRIDES
 def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
     """Run a spec; running it again resumes it."""
     spec = load_spec(spec_path, overrides)
@@ -118,29 +124,61 @@ def doctor() -> None:
         sys.exit(EXIT_FAILED)
 
 
+@main.command("retry-rejects")
+@click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
+@OVERRIDES
+def retry_rejects(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
+    """Try the rejected samples of a finished shard set again, and only those."""
+    spec = load_spec(spec_path, overrides)
+    if not isinstance(spec, TokenizeConfig):
+        raise SpecError([f"{spec_path}: kind must be tokenize, got {spec.kind!r}"])
+    # Both import torch and ray.
+    from pipeline.progress import summary_table  # noqa: PLC0415
+    from pipeline.tokenize import retry_rejects  # noqa: PLC0415
+
+    Console().print(summary_table(retry_rejects(spec)))
+
+
 @main.command()
-@click.argument("directory", metavar="DIR", type=DIRECTORY)
-def verify(*, directory: Path) -> None:
+@DIRECTORY
+@ENDPOINT_URL
+def status(*, directory: str, endpoint_url: str | None) -> None:
+    """Tell how far a tokenize job is: units, samples, rejects, time per stage."""
+    from pipeline.status import read_status, status_table  # noqa: PLC0415  (imports pyarrow)
+
+    storage = open_storage(directory, s3=S3Config(endpoint_url=endpoint_url))
+    Console().print(status_table(read_status(storage), title=str(storage)))
+
+
+@main.command()
+@DIRECTORY
+@ENDPOINT_URL
+@click.option("--deep", is_flag=True, help="Encode a sample of a shard set's codes again from the corpus.")
+@click.option("--max-differing", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="For --deep.")
+def verify(*, directory: str, endpoint_url: str | None, deep: bool, max_differing: float) -> None:
     """Check every byte of a shard set, or every checkpoint of a training run, against its records."""
     from jobs.verify import verify_directory  # noqa: PLC0415  (imports numpy)
 
-    problems, checked = verify_directory(directory)
-    for problem in problems:
+    s3 = S3Config(endpoint_url=endpoint_url)
+    verdict = verify_directory(directory, s3=s3, deep=deep, max_differing=max_differing)
+    for problem in verdict.problems:
         click.echo(problem, err=True)
-    if problems:
-        click.echo(f"{directory}: {len(problems)} problems", err=True)
+    if verdict.problems:
+        click.echo(f"{directory}: {len(verdict.problems)} problems", err=True)
         sys.exit(EXIT_FAILED)
-    click.echo(f"{directory}: {checked}; everything is whole")
+    click.echo(f"{directory}: {verdict.checked}; everything is whole")
 
 
 @main.command()
-@click.argument("directory", metavar="DIR", type=DIRECTORY)
+@DIRECTORY
+@ENDPOINT_URL
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page; default DIR/preview.html.")
-def preview(*, directory: Path, output: Path | None) -> None:
+def preview(*, directory: str, endpoint_url: str | None, output: Path | None) -> None:
     """Write an HTML page of a shard set: pictures decoded from codes, captions, codebook usage, ledger totals."""
     from pipeline.preview import write_preview  # noqa: PLC0415  (imports torch to decode)
 
-    click.echo(f"preview: {write_preview(directory, output=output)}")
+    storage = open_storage(directory, s3=S3Config(endpoint_url=endpoint_url))
+    click.echo(f"preview: {write_preview(storage, output=output)}")
 
 
 @main.command()

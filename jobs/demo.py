@@ -27,6 +27,7 @@ from jobs.timings import add_time
 from pipeline.local_storage import exclusive
 from pipeline.preview import write_preview
 from pipeline.progress import summary_table
+from pipeline.storage import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
                 if spec.kind == "tokenize":
                     progress.console.print(summary_table(result))
                 if stage.name == "tokenize" and not (run_root / "codes" / "preview.html").is_file():
-                    write_preview(run_root / "codes")
+                    write_preview(open_storage(str(run_root / "codes")))
         with progress.stage("report", "write the report", is_new=True):
             report = write_report(run_root, data_root=data_root)
     _farewell(progress, report)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.ledger import read_manifest
 from pipeline.shards import read_shard
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 
 Images = npt.NDArray[np.uint8]
@@ -63,14 +63,15 @@ def held_out_pairs(shard_dir: Path, *, images_dir: Path) -> list[Pair]:
     Raises:
         ArtifactError: the shard set or an original is missing, or the tokenizer has changed since.
     """
-    manifest = read_manifest(shard_dir)
+    storage = open_storage(str(shard_dir))
+    manifest = read_manifest(storage)
     tokenizer = Tokenizer.load(manifest.tokenizer)
     if tokenizer.fingerprint != manifest.fingerprint:
         raise ArtifactError(
             f"decode {shard_dir}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
             f"{tokenizer.fingerprint.digest} from {manifest.tokenizer.weights!r}; put the old weights back"
         )
-    samples = [sample for shard in manifest.shards for sample in read_shard(shard_dir / "shards" / shard.name)]
+    samples = [sample for shard in manifest.shards for sample in read_shard(storage, f"shards/{shard.name}")]
     decoded_NHWC = tokenizer.decode(np.stack([sample.codes_VT[0] for sample in samples]).astype(np.int32))
     return [
         _pair(sample.metadata, decoded_HWC, images_dir=images_dir)

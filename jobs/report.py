@@ -22,7 +22,7 @@ from jobs.run import SPEC_NAME
 from jobs.timings import read_timings
 from pipeline.ledger import read_manifest
 from pipeline.local_storage import write_bytes
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 from training.metrics import read_metrics
 from training.sample import GAP_PX
 
@@ -149,7 +149,7 @@ def _spread(pairs: list[Pair]) -> list[Pair]:
 
 
 def _facts(run_root: Path, runs: dict[str, Run], pictures: Pictures, pairs: list[Pair]) -> list[dict[str, str]]:
-    manifest = read_manifest(run_root / "codes")
+    manifest = read_manifest(open_storage(str(run_root / "codes")))
     facts = [
         {"value": f"{manifest.num_samples:,}", "name": "images tokenized", "note": f"{manifest.num_views} views each"},
         {"value": f"{np.mean([pair.psnr_db for pair in pairs]):.1f} dB", "name": "tokenizer, held out", "note": "PSNR"},
@@ -185,7 +185,7 @@ def _losses(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
 
 def _classes(run_root: Path, pictures: dict[str, Pictures]) -> list[dict[str, Any]]:
-    names = read_manifest(run_root / "codes").class_names or []
+    names = read_manifest(open_storage(str(run_root / "codes"))).class_names or []
     labels: list[int] = pictures["base"].spec["labels"]
     if labels != pictures["tensorar"].spec["labels"]:
         raise ArtifactError(
@@ -206,7 +206,7 @@ def _strips(run_root: Path, pictures: Pictures) -> list[dict[str, Any]]:
     """Rows of the refinement strip: the class, and the pictures from first drafts to kept codes."""
     if pictures.record.get("strip") is None:
         return []
-    names = read_manifest(run_root / "codes").class_names or []
+    names = read_manifest(open_storage(str(run_root / "codes"))).class_names or []
     strip = np.asarray(Image.open(pictures.directory / pictures.record["strip"]).convert("RGB"))
     side = pictures.images_NHWC.shape[1]
     step = side + GAP_PX
@@ -225,7 +225,7 @@ def _times(run_root: Path, runs: dict[str, Run], pictures: dict[str, Pictures]) 
         "corpus": "was there already" if timings.get("corpus", 0.0) < ALREADY_THERE_S else "pictures with captions"
     }
     for stage, name in (("tokenize", "codes"), ("tokenize_validation", "codes-validation")):
-        manifest = read_manifest(run_root / name)
+        manifest = read_manifest(open_storage(str(run_root / name)))
         num_images = manifest.num_samples * manifest.num_views
         notes[stage] = f"{num_images:,} views" + _rate(num_images, timings.get(stage), "views/s, start of Ray included")
     for name, run in runs.items():

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jobs.spec import Spec
 from pipeline.config import TokenizeConfig
-from pipeline.local_storage import local_path, write_json
-from pipeline.storage import ArtifactError
+from pipeline.local_storage import local_path
+from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
 
@@ -23,7 +22,7 @@ SPEC_NAME = "spec.json"
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),
-    "tokenize": ("cluster", "max_attempts", "max_rejected_fraction"),
+    "tokenize": ("cluster", "max_attempts", "max_poison_units", "max_rejected_fraction", "s3"),
     "train": ("checkpoint", "cluster", "engine.micro_batch_size", "log_every_n_steps", "num_steps", "validation"),
     "sample": ("batch_size", "device"),
 }
@@ -70,10 +69,10 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there and differs in more than the free fields of its kind.
     """
-    path = local_path(spec.run_dir) / SPEC_NAME
+    storage = open_storage(spec.run_dir, s3=spec.s3) if isinstance(spec, TokenizeConfig) else _local(spec.run_dir)
     new = spec.model_dump(mode="json")
-    if path.is_file():
-        old = _read(path)
+    if storage.find(SPEC_NAME) is not None:
+        old = _read(storage)
         if old == new:
             return
         differing = [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, spec.kind)]
@@ -83,15 +82,22 @@ def remember_spec(spec: Spec) -> None:
                 f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: {told}; "
                 "set another run_dir, or remove the directory to begin anew"
             )
-    write_json(path, new)
+    storage.write_json(SPEC_NAME, new)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _local(run_dir: str) -> Storage:
+    """Storage of a kind of job that cannot live on S3 yet; raises ArtifactError for a URL."""
+    return open_storage(str(local_path(run_dir)))
+
+
+def _read(storage: Storage) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
-        value = json.loads(path.read_text())
+        value = json.loads(storage.read_bytes(SPEC_NAME))
         if isinstance(value, dict):
             return value
-    raise ArtifactError(f"read {path}: it must be the JSON of a spec; remove the file if the run is to go on")
+    raise ArtifactError(
+        f"read {storage.url_of(SPEC_NAME)}: it must be the JSON of a spec; remove the file if the run is to go on"
+    )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
-from pipeline.ledger import verify_shard_set
-from pipeline.storage import ArtifactError
+from pipeline.config import S3Config
+from pipeline.ledger import MANIFEST_NAME
+from pipeline.local_storage import LocalStorage
+from pipeline.resume import PLAN_NAME
+from pipeline.storage import ArtifactError, Storage, open_storage
+from pipeline.verify import verify_shard_set
 from training.checkpoint import checkpoints_dir, list_checkpoints, verify_checkpoint
 
 
-def verify_directory(directory: Path) -> tuple[list[str], str]:
-    """Problems of a shard set or a training run (none: it is whole), and what was checked.
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was checked, and all that is wrong with it."""
+
+    checked: str
+    problems: list[str]
+
+
+def verify_directory(url: str, *, s3: S3Config, deep: bool = False, max_differing: float = 0.0) -> Verdict:
+    """What is wrong with a shard set or a training run; no problem means that it is whole.
 
     Args:
-        directory: The run_dir of a tokenize or a train job.
+        url: The run_dir of a tokenize or a train job.
+        s3: How S3 is reached.
+        deep: Whether a seeded sample of a set's codes is encoded again from the corpus.
+        max_differing: Share of those codes that may differ.
 
     Raises:
         ArtifactError: it is neither.
     """
-    if (directory / "ledger").is_dir() or (directory / "manifest.json").is_file():
-        return verify_shard_set(directory), "a shard set"
-    if not checkpoints_dir(directory).is_dir():
+    storage = open_storage(url, s3=s3)
+    if any(storage.find(name) is not None for name in (PLAN_NAME, MANIFEST_NAME)):
+        return _verify_shard_set(storage, s3=s3, deep=deep, max_differing=max_differing)
+    if not isinstance(storage, LocalStorage) or not checkpoints_dir(storage.root).is_dir():
         raise ArtifactError(
-            f"verify {directory}: the directory must be the run_dir of a tokenize or a train job, "
-            "got neither ledger/ nor checkpoints/ in it; check the path"
+            f"verify {url}: the directory must be the run_dir of a tokenize or a train job, "
+            "got neither plan.json nor checkpoints/ in it; check the path"
         )
-    paths = list_checkpoints(directory)
+    paths = list_checkpoints(storage.root)
     problems = [problem for path in paths for problem in verify_checkpoint(path)]
-    return problems, f"{len(paths)} checkpoints of a training run"
+    return Verdict(checked=f"{len(paths)} checkpoints of a training run", problems=problems)
+
+
+def _verify_shard_set(storage: Storage, *, s3: S3Config, deep: bool, max_differing: float) -> Verdict:
+    problems = verify_shard_set(storage)
+    if not deep or problems:
+        return Verdict(checked="a shard set", problems=problems)
+    from pipeline.code_check import check_codes  # noqa: PLC0415  (imports torch to encode)
+
+    check = check_codes(storage, s3=s3)
+    found = f"{check.num_differing} of {check.num_codes} codes of {check.num_samples} samples differ when encoded again"
+    if check.differing_fraction > max_differing:
+        problems = [
+            f"codes of {storage}: up to {max_differing:.2%} may differ, got {check.differing_fraction:.2%} ({found}); "
+            "encode on the kind of device that made them, or tokenize again"
+        ]
+    return Verdict(checked=f"a shard set; {found}", problems=problems)

@@ -138,7 +138,9 @@ class TokenizeConfig(Config):
     max_image_pixels: PositiveInt = 100_000_000
     """Images with more pixels are rejected before they are decoded (decompression bombs)."""
     max_attempts: PositiveInt = 3
-    """Times a work unit is tried before the job fails."""
+    """Times a work unit is tried before it is set aside as poison; the other units go on."""
+    max_poison_units: NonNegativeInt = 0
+    """Units that may be set aside before the job is called failed, once all others are done."""
     max_rejected_fraction: Fraction = 0.1
     """Share of samples that may be rejected before the finished job is called failed."""
     s3: S3Config = S3Config()

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from pipeline.config import LoaderConfig
 from pipeline.ledger import Manifest, read_manifest
 from pipeline.philox import Int64Array, Purpose, permutation, random_words
-from pipeline.shards import ShardReader
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardReader, open_shard
+from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.fingerprint import Fingerprint
 
 NO_LABEL = -1
@@ -104,9 +104,9 @@ class Batch:
 class ShardSet:
     """A committed shard set with random access to its samples."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
         """Use `ShardSet.open`."""
-        self.path, self.manifest = path, manifest
+        self._storage, self.manifest = storage, manifest
         self.samples_per_shard = [shard.num_samples for shard in manifest.shards]
         self._starts = np.concatenate(([0], np.cumsum(self.samples_per_shard))).astype(np.int64)
         self._reader = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open_reader)
@@ -123,7 +123,8 @@ class ShardSet:
         Raises:
             ArtifactError: no manifest, no samples, or another tokenizer's codes.
         """
-        manifest = read_manifest(Path(path))
+        storage = open_storage(str(path))
+        manifest = read_manifest(storage)
         if manifest.num_samples == 0:
             raise ArtifactError(f"open shard set {path}: it must hold samples, got 0; check its rejects/")
         if fingerprint is not None and manifest.fingerprint != fingerprint:
@@ -131,7 +132,12 @@ class ShardSet:
                 f"open shard set {path}: tokenizer fingerprint must be {fingerprint.digest}, got "
                 f"{manifest.fingerprint.digest}; tokenize both sets with the same tokenizer section"
             )
-        return cls(Path(path), manifest)
+        return cls(storage, manifest)
+
+    @property
+    def url(self) -> str:
+        """Where the set is, for messages."""
+        return self._storage.url
 
     @property
     def num_samples(self) -> int:
@@ -161,7 +167,7 @@ class ShardSet:
         """
         shard = int(np.searchsorted(self._starts, sample_index, side="right")) - 1
         sample = self._reader(shard).sample(sample_index - int(self._starts[shard]))
-        where = f"read sample {sample.key} of {self.path / 'shards' / self.manifest.shards[shard].name}"
+        where = f"read sample {sample.key} of {self._storage.url_of(f'shards/{self.manifest.shards[shard].name}')}"
         codes_VT, label = sample.codes_VT, sample.metadata.get("label")
         if codes_VT.shape != (self.num_views, self.codes_per_image):
             wanted = f"({self.num_views}, {self.codes_per_image})"
@@ -182,7 +188,7 @@ class ShardSet:
         return self._cache.read_batch(self, sample_indices, views=views)
 
     def _open_reader(self, shard: int) -> ShardReader:
-        return ShardReader(self.path / "shards" / self.manifest.shards[shard].name)
+        return open_shard(self._storage, f"shards/{self.manifest.shards[shard].name}")
 
 
 class _Cache:
@@ -265,6 +271,6 @@ class Loader:
     def _check_labels(self, labels_B: Int64Array) -> None:
         if self._num_classes is not None and labels_B.max() >= self._num_classes:
             raise ArtifactError(
-                f"read shard set {self._shard_set.path}: labels must be below model.num_classes = {self._num_classes}, "
+                f"read shard set {self._shard_set.url}: labels must be below model.num_classes = {self._num_classes}, "
                 f"got {labels_B.max()}; raise model.num_classes"
             )

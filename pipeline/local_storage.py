@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import mmap
 import os
 import secrets
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage
+from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage, json_bytes
 
 STAGED_PREFIX = ".staged-"
 HASH_BLOCK_BYTES = 1 << 20
@@ -82,7 +81,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Commit `value` as indented JSON with a final newline; the keys keep their order, NaN is an error."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
 
 
 def remove(path: Path) -> None:
@@ -198,6 +197,10 @@ class LocalStorage(Storage):
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
         remove(self.root / name)
+
+    def find_staged(self) -> tuple[str, ...]:
+        """See `Storage.find_staged`."""
+        return tuple(path.relative_to(self.root).as_posix() for path in find_staged(self.root))
 
     def remove_staged(self) -> int:
         """See `Storage.remove_staged`."""

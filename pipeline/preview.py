@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.ledger import Manifest, read_manifest, read_record, record_path, rejects_path, shard_path
-from pipeline.local_storage import local_path, write_bytes
+from pipeline.ledger import Manifest, read_manifest, read_record, stem_of
+from pipeline.local_storage import write_bytes
 from pipeline.rejects import Reject, read_rejects
-from pipeline.shards import ShardReader, ShardSample
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, open_shard
+from pipeline.storage import ArtifactError, Storage
 from tokenization.tokenizer import Tokenizer
 
+PAGE_NAME = "preview.html"
 MAX_USAGE_SAMPLES = 20_000
 MAX_SHARD_LINES = 200
 MAX_REJECT_LINES = 50
@@ -51,43 +52,44 @@ class CodebookUsage:
     bars: tuple[float, ...]
 
 
-def write_preview(shard_dir: str | Path, *, output: str | Path | None = None, num_samples: int = 48) -> Path:
-    """Write the page of a finished shard set and return its path.
+def write_preview(storage: Storage, *, output: Path | None = None, num_samples: int = 48) -> str:
+    """Write the page of a finished shard set and return its path or URL.
 
     Args:
-        shard_dir: the `run_dir` of a tokenize job.
+        storage: the `run_dir` of a tokenize job.
         output: the page; `preview.html` in the set if none.
         num_samples: pictures to show, taken at even distances over the set.
 
     Raises:
         ArtifactError: the set is not finished or damaged, or its tokenizer has changed since.
     """
-    shard_dir = local_path(shard_dir)
-    manifest = read_manifest(shard_dir)
+    manifest = read_manifest(storage)
     tokenizer = Tokenizer.load(manifest.tokenizer)
     if tokenizer.fingerprint != manifest.fingerprint:
         raise ArtifactError(
-            f"preview {shard_dir}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
+            f"preview {storage}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
             f"{tokenizer.fingerprint.digest} from {manifest.tokenizer.weights!r}; put the old weights back"
         )
-    shown = list(_spread_samples(shard_dir, manifest, num_samples=num_samples))
+    shown = list(_spread_samples(storage, manifest, num_samples=num_samples))
     page = (
         _environment()
         .get_template("preview.html.j2")
         .render(
-            name=shard_dir.resolve().name,
+            name=storage.url.rpartition("/")[2] or storage.url,
             manifest=manifest,
             totals=manifest.totals,
             num_bytes=sum(shard.bytes for shard in manifest.shards),
             samples=_picture_fields(shown, tokenizer, class_names=manifest.class_names),
-            usage=_codebook_usage(shard_dir, manifest),
-            rejects=list(islice(_rejects(shard_dir), MAX_REJECT_LINES)),
-            shards=_shard_fields(shard_dir, manifest),
+            usage=_codebook_usage(storage, manifest),
+            rejects=list(islice(_rejects(storage), MAX_REJECT_LINES)),
+            shards=_shard_fields(storage, manifest),
         )
     )
-    path = local_path(output) if output is not None else shard_dir / "preview.html"
-    write_bytes(path, page.encode())
-    return path
+    if output is not None:
+        write_bytes(output, page.encode())
+        return str(output)
+    storage.write_bytes(PAGE_NAME, page.encode())
+    return storage.url_of(PAGE_NAME)
 
 
 def png_data_uri(image_HWC: npt.NDArray[np.uint8]) -> str:
@@ -119,7 +121,7 @@ def _readable_size(num_bytes: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def _spread_samples(shard_dir: Path, manifest: Manifest, *, num_samples: int) -> Iterator[ShardSample]:
+def _spread_samples(storage: Storage, manifest: Manifest, *, num_samples: int) -> Iterator[ShardSample]:
     """Yield up to `num_samples` samples at even distances over the set, opening each shard at most once."""
     num_shown = min(num_samples, manifest.num_samples)
     wanted = [number * manifest.num_samples // num_shown for number in range(num_shown)]
@@ -127,7 +129,7 @@ def _spread_samples(shard_dir: Path, manifest: Manifest, *, num_samples: int) ->
     for shard in manifest.shards:
         end = start + shard.num_samples
         if next_wanted < num_shown and wanted[next_wanted] < end:
-            reader = ShardReader(shard_path(shard_dir, Path(shard.name).stem))
+            reader = open_shard(storage, f"shards/{shard.name}")
             while next_wanted < num_shown and wanted[next_wanted] < end:
                 yield reader.sample(wanted[next_wanted] - start)
                 next_wanted += 1
@@ -158,11 +160,11 @@ def _picture_fields(
     return fields
 
 
-def _codebook_usage(shard_dir: Path, manifest: Manifest) -> CodebookUsage:
+def _codebook_usage(storage: Storage, manifest: Manifest) -> CodebookUsage:
     codebook_size = manifest.fingerprint.network.codebook_size
     counts = np.zeros(codebook_size, dtype=np.int64)
     num_samples = 0
-    for sample in _spread_samples(shard_dir, manifest, num_samples=MAX_USAGE_SAMPLES):
+    for sample in _spread_samples(storage, manifest, num_samples=MAX_USAGE_SAMPLES):
         counts += np.bincount(sample.codes_VT.ravel(), minlength=codebook_size)
         num_samples += 1
     share = np.sort(counts)[::-1] / max(1, counts.sum())
@@ -177,16 +179,16 @@ def _codebook_usage(shard_dir: Path, manifest: Manifest) -> CodebookUsage:
     )
 
 
-def _rejects(shard_dir: Path) -> Iterator[Reject]:
-    for path in sorted((shard_dir / "rejects").glob("*.parquet")):
-        yield from read_rejects(rejects_path(shard_dir, path.stem))
+def _rejects(storage: Storage) -> Iterator[Reject]:
+    for name in storage.list("rejects/"):
+        yield from read_rejects(storage, name)
 
 
-def _shard_fields(shard_dir: Path, manifest: Manifest) -> list[dict[str, object]]:
+def _shard_fields(storage: Storage, manifest: Manifest) -> list[dict[str, object]]:
     """Return a line per shard for the table, the first `MAX_SHARD_LINES` of them."""
     fields: list[dict[str, object]] = []
     for shard in manifest.shards[:MAX_SHARD_LINES]:
-        record = read_record(record_path(shard_dir, Path(shard.name).stem))
+        record = read_record(storage, stem_of(shard.name))
         seconds = sum(record.seconds_of_stage.values())
         fields.append({"shard": shard, "unit": record.unit, "counts": record.counts, "seconds": seconds})
     return fields

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline.ledger import Manifest
+from pipeline.pool import PoolState
 from pipeline.rejects import Counts
 
 LOG_INTERVAL_S = 5.0
@@ -34,8 +35,8 @@ class LiveProgress:
             num_units_done: units finished by earlier runs.
             show: whether a terminal gets a bar; log lines are written in any case.
         """
-        self._num_units, self._num_units_done = num_units, num_units_done
-        self._num_read = self._num_rejected = 0
+        self._num_units, self._num_units_done, self._num_units_before = num_units, num_units_done, num_units_done
+        self._num_read = self._num_read_in_all = self._num_rejected = 0
         self._start_s: float | None = None
         self._logged_s = time.monotonic()
         console = Console(stderr=True)
@@ -61,33 +62,41 @@ class LiveProgress:
         self._num_read += counts.num_read
         self._num_rejected += counts.num_rejected
 
-    def show(self, *, num_read_in_flight: int, num_workers: int) -> None:
-        """Draw, or log if it is time to.
+    @property
+    def samples_per_s(self) -> float:
+        """Samples read per second since the first of this run; 0 before it."""
+        return 0.0 if self._start_s is None else self._num_read_in_all / (time.monotonic() - self._start_s)
 
-        Args:
-            num_read_in_flight: samples read of unfinished units.
-            num_workers: workers that have started.
-        """
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds that the units left will take at the pace of this run; None before the first is done."""
+        num_done = self._num_units_done - self._num_units_before
+        if self._start_s is None or num_done == 0:
+            return None
+        return (time.monotonic() - self._start_s) / num_done * (self._num_units - self._num_units_done)
+
+    def show(self, state: PoolState) -> None:
+        """Draw, or log if it is time to."""
         now_s = time.monotonic()
-        num_read = self._num_read + num_read_in_flight
-        if self._start_s is None and num_read > 0:
+        self._num_read_in_all = self._num_read + state.num_read_in_flight
+        if self._start_s is None and self._num_read_in_all > 0:
             self._start_s = now_s - POLL_GRACE_S  # the clock starts with the first samples, not with Ray
-        rate = 0.0 if self._start_s is None else num_read / (now_s - self._start_s)
         if self._bar is not None:
-            figures = f"{num_read} samples  {rate:.1f}/s  {self._num_rejected} rejected"
-            if num_workers == 0:
+            figures = f"{self._num_read_in_all} samples  {self.samples_per_s:.1f}/s  {self._num_rejected} rejected"
+            if state.num_workers == 0:
                 figures = "starting workers"
             self._bar.update(self._task, completed=self._num_units_done, figures=figures)
         elif now_s - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now_s
             logger.info(
-                "tokenizing: units=%d/%d samples=%d samples_per_s=%.1f rejected=%d workers=%d",
+                "tokenizing: units=%d/%d samples=%d samples_per_s=%.1f eta_s=%s rejected=%d workers=%d",
                 self._num_units_done,
                 self._num_units,
-                num_read,
-                rate,
+                self._num_read_in_all,
+                self.samples_per_s,
+                "?" if self.eta_s is None else f"{self.eta_s:.0f}",
                 self._num_rejected,
-                num_workers,
+                state.num_workers,
             )
 
 
@@ -107,5 +116,7 @@ def summary_table(manifest: Manifest) -> Table:
     table.add_row("rejected", f"{totals.num_rejected:,}")
     for reason, number in totals.rejected_by_reason.items():
         table.add_row(f"  {reason}", f"{number:,}")
+    if manifest.poison_units:
+        table.add_row("units set aside", f"{len(manifest.poison_units):,}")
     table.add_row("tokenizer", manifest.fingerprint.digest)
     return table

@@ -6,14 +6,13 @@ The invariant: read = written + dropped + rejected, each dropped or rejected sam
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
-from pipeline.local_storage import stage
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, Storage
 from tokenization.config import Config
 
 RULE_STAGE = "rule"
@@ -64,54 +63,37 @@ class Reject(Config):
     """For a person."""
 
 
-def write_rejects(path: Path, rejects: list[Reject]) -> None:
+def write_rejects(storage: Storage, name: str, rejects: list[Reject]) -> None:
     """Commit the dropped and rejected samples of a unit as parquet."""
     table = pa.Table.from_pylist([reject.model_dump() for reject in rejects], schema=REJECTS_SCHEMA)
-    with stage(path) as staged_path:
+    with storage.stage(name) as staged_path:
         pq.write_table(table, staged_path)
 
 
-def read_rejects(path: Path) -> list[Reject]:
+def read_rejects(storage: Storage, name: str) -> list[Reject]:
     """Return the dropped and rejected samples of a unit.
 
     Raises:
         ArtifactError: the file is missing or damaged.
     """
     try:
-        return [Reject(**line) for line in pq.read_table(path).to_pylist()]
+        with storage.open(name) as file:
+            return [Reject(**line) for line in pq.read_table(file).to_pylist()]
     except (OSError, pa.ArrowException, ValidationError, TypeError) as error:
-        raise ArtifactError(f"read {path}: must be a rejects table, got {error}; rerun the tokenize job") from error
-
-
-def add_counts(counts: list[Counts]) -> Counts:
-    """Return the sum of the counts of several units; reasons are sorted."""
-    return Counts(
-        num_read=sum(one.num_read for one in counts),
-        num_written=sum(one.num_written for one in counts),
-        num_dropped=sum(one.num_dropped for one in counts),
-        num_rejected=sum(one.num_rejected for one in counts),
-        dropped_by_reason=_add_reasons([one.dropped_by_reason for one in counts]),
-        rejected_by_reason=_add_reasons([one.rejected_by_reason for one in counts]),
-    )
+        raise ArtifactError(
+            f"read {storage.url_of(name)}: must be a rejects table, got {error}; rerun the tokenize job"
+        ) from error
 
 
 def count(rejects: list[Reject], *, num_written: int) -> Counts:
     """Return the counts of a unit from its rejects and the number of samples in its shard."""
-    dropped = [{reject.reason: 1} for reject in rejects if reject.stage == RULE_STAGE]
-    rejected = [{f"{reject.stage}/{reject.reason}": 1} for reject in rejects if reject.stage != RULE_STAGE]
+    dropped = Counter(reject.reason for reject in rejects if reject.stage == RULE_STAGE)
+    rejected = Counter(f"{reject.stage}/{reject.reason}" for reject in rejects if reject.stage != RULE_STAGE)
     return Counts(
         num_read=num_written + len(rejects),
         num_written=num_written,
-        num_dropped=len(dropped),
-        num_rejected=len(rejected),
-        dropped_by_reason=_add_reasons(dropped),
-        rejected_by_reason=_add_reasons(rejected),
+        num_dropped=dropped.total(),
+        num_rejected=rejected.total(),
+        dropped_by_reason=dict(sorted(dropped.items())),
+        rejected_by_reason=dict(sorted(rejected.items())),
     )
-
-
-def _add_reasons(reasons: list[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in reasons:
-        for reason, number in one.items():
-            total[reason] = total.get(reason, 0) + number
-    return dict(sorted(total.items()))

@@ -1,121 +1,208 @@
 """What of a shard set is finished already, and whether it is the same set at all.
 
 The invariant: work is skipped only after its record was checked against the spec, the input and the files; a set that
-was begun with another spec is refused by naming the fields that differ. Cheap on purpose: presence, sizes and
-modification times, O(units); contents are read only where a modification time changed.
+was begun with another spec is refused by naming the fields that differ. Cheap on purpose: three listings, sizes and
+marks, O(units); contents are read only where a mark changed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import ImageFolderConfig, TokenizeConfig
-from pipeline.ledger import LedgerRecord, committed_shard_problem, read_record, record_path, shard_path
-from pipeline.local_storage import sha256_of_file, write_json
-from pipeline.sources.plan import Plan, Source, WorkUnit
+from pipeline.config import TokenizeConfig
+from pipeline.gathered import Ledger
+from pipeline.ledger import LedgerRecord, files_problem, shard_name, stem_of
+from pipeline.retry import RetrySource
+from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
+from pipeline.tally import Tally
 from tokenization.fingerprint import Fingerprint
 
 MAX_NAMED_FIELDS = 8
+PLAN_NAME = "plan.json"
+PLACE_FIELDS = frozenset({"urls", "urls_file", "root", "class_names"})
+"""Fields of sources that say where a corpus lies, which may change; all other fields are part of the identity."""
 
 logger = logging.getLogger(__name__)
 
 
-def check_identity(run_dir: Path, *, config: TokenizeConfig, plan: Plan, fingerprint: Fingerprint) -> None:
+def check_identity(
+    storage: Storage,
+    *,
+    config: TokenizeConfig,
+    plan: Plan,
+    fingerprint: Fingerprint,
+    free: Collection[str] = (),
+) -> None:
     """Write `plan.json`, or check that it says what this job would write.
+
+    Args:
+        storage: of the set.
+        config: the job.
+        plan: of the source alone.
+        fingerprint: of the tokenizer.
+        free: fields of the identity that may differ.
 
     Raises:
         ArtifactError: the directory was begun with another tokenizer, other views or rules, or another plan.
     """
-    source = config.source
-    identity: dict[str, Any] = {
+    now = _identity(config, plan=plan, fingerprint=fingerprint)
+    try:
+        begun_with = json.loads(storage.read_bytes(PLAN_NAME))
+    except FileNotFoundError:
+        if storage.list("ledger/"):
+            raise ArtifactError(
+                f"tokenize {storage}: plan.json is missing beside a ledger; use another run_dir"
+            ) from None
+        storage.write_json(PLAN_NAME, now)
+        return
+    except ValueError as error:
+        raise ArtifactError(f"tokenize {storage}: plan.json must be JSON, got {error}; use another run_dir") from error
+    differing = [text for name, text in _differences(begun_with, now) if name not in free]
+    if differing:
+        more = f" and {len(differing) - MAX_NAMED_FIELDS} more" if len(differing) > MAX_NAMED_FIELDS else ""
+        raise ArtifactError(
+            f"tokenize {storage}: the job must be the one the directory was begun with, got "
+            f"{', '.join(differing[:MAX_NAMED_FIELDS])}{more}; use another run_dir or undo the change"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a set holds at the start of a run."""
+
+    tally: Tally
+    """Of the units that need no work."""
+    uncommitted: tuple[str, ...]
+    """Shards, indices and rejects of other units: left by killed runs, or about to be replaced."""
+
+
+def find_finished(
+    storage: Storage, *, plan: Plan, source: RetrySource, fingerprint_digest: str, ledger: Ledger
+) -> Found:
+    """Return what needs no work; says in the log why other units are done again.
+
+    The records of units that are done again are removed, so that no record ever vouches for what is being replaced.
+
+    Args:
+        storage: of the set.
+        plan: the units of the source and, after them, those that `retry-rejects` appended.
+        source: reads the units; only those whose input may have changed.
+        fingerprint_digest: of the tokenizer.
+        ledger: of the set, not read yet.
+
+    Raises:
+        ArtifactError: a record speaks of another input file or tokenizer than the plan does.
+    """
+    files = storage.list("shards/") | storage.list("rejects/")
+    tally, doubtful = Tally(), list[LedgerRecord]()
+    inputs_when_retried: dict[str, set[str]] = {}
+    for stem, record in ledger.records():
+        reason = str(record) if isinstance(record, ArtifactError) else None
+        if isinstance(record, LedgerRecord):
+            unit = _unit_of(storage, record, plan=plan, stem=stem, fingerprint_digest=fingerprint_digest)
+            if record.retried is not None:
+                for input_stem, fingerprint in record.retried.inputs.items():
+                    inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
+            reason = _file_reason(storage, record, stem=stem, files=files)
+            if reason is None and _is_same_input(unit, record):
+                tally.add(record)
+                continue
+            if reason is None:
+                doubtful.append(record)
+                continue
+        _redo(ledger, stem, reason=str(reason))
+    for record in doubtful:
+        unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
+        if unit.fingerprint in inputs_when_retried.get(stem, ()):
+            tally.add(record)  # its input was mended for `retry-rejects`, which has read what became of its rejects
+            continue
+        reason = _input_reason(unit, record, source=source)
+        if reason is None:
+            tally.add(record)
+        elif stem in inputs_when_retried:
+            raise ArtifactError(
+                f"tokenize {storage}: {reason} in unit {record.unit_index} ({unit.name}) after its rejects were "
+                "retried; use another run_dir or undo the change"
+            )
+        else:
+            _redo(ledger, stem, reason=reason)
+    committed = {plan.keys.stem(unit.unit_index) for unit in plan.units if unit.unit_index in tally}
+    return Found(tally=tally, uncommitted=tuple(name for name in files if stem_of(name) not in committed))
+
+
+def _redo(ledger: Ledger, stem: str, *, reason: str) -> None:
+    logger.warning("unit %s is done again: %s", stem, reason)
+    ledger.forget(stem)
+
+
+def _unit_of(storage: Storage, record: LedgerRecord, *, plan: Plan, stem: str, fingerprint_digest: str) -> WorkUnit:
+    where = f"tokenize {storage}: unit {record.unit_index}"
+    if record.unit_index >= len(plan.units) or plan.keys.stem(record.unit_index) != stem:
+        raise ArtifactError(f"{where} of {stem}.json is not in the plan; use another run_dir")
+    unit = plan.units[record.unit_index]
+    if record.unit != unit.name:
+        raise ArtifactError(f"{where} was made from {record.unit!r}, got {unit.name!r}; use another run_dir")
+    if record.fingerprint_digest != fingerprint_digest:
+        raise ArtifactError(
+            f"{where} was made with tokenizer {record.fingerprint_digest}, got {fingerprint_digest}; "
+            "use another run_dir"
+        )
+    return unit
+
+
+def _file_reason(storage: Storage, record: LedgerRecord, *, stem: str, files: Mapping[str, FileInfo]) -> str | None:
+    """Return why what a record speaks of is not there any more, or None."""
+    problem = files_problem(record, stem=stem, files=files)
+    if problem is not None or record.shard is None:
+        return problem
+    name = shard_name(stem)
+    if files[name].mark != record.shard_mark and sha256_of(storage.map(name)) != record.shard.sha256:
+        return f"{record.shard.name} was changed since it was committed"
+    return None
+
+
+def _is_same_input(unit: WorkUnit, record: LedgerRecord) -> bool:
+    return record.unit_fingerprint == unit.fingerprint and record.input_mark == unit.mark
+
+
+def _input_reason(unit: WorkUnit, record: LedgerRecord, *, source: RetrySource) -> str | None:
+    """Return how the input of a unit differs from what was read, or None if it was only touched."""
+    if record.unit_fingerprint != unit.fingerprint:
+        return "a size or name of its input changed"
+    if record.input_sha256 != content_digest(source.read(unit)):
+        return "the content of its input changed"
+    return None
+
+
+def _identity(config: TokenizeConfig, *, plan: Plan, fingerprint: Fingerprint) -> dict[str, Any]:
+    source = config.source.model_dump(mode="json", exclude=set(PLACE_FIELDS))
+    return {
         "version": 1,
         "fingerprint": fingerprint.model_dump(mode="json"),
         "views": config.views.model_dump(mode="json"),
         "rules": config.rules.model_dump(mode="json"),
         "max_image_pixels": config.max_image_pixels,
-        "source_kind": source.kind,
-        "samples_per_unit": source.samples_per_unit if isinstance(source, ImageFolderConfig) else None,
+        "source": source,
         "class_names": None if plan.class_names is None else list(plan.class_names),
         "num_units": len(plan.units),
         "unit_digits": plan.keys.unit_digits,
         "position_digits": plan.keys.position_digits,
     }
-    path = run_dir / "plan.json"
-    if not path.exists():
-        if next((run_dir / "ledger").glob("*.json"), None) is not None:
-            raise ArtifactError(f"tokenize {run_dir}: plan.json is missing beside a ledger; use another run_dir")
-        write_json(path, identity)
-        return
-    try:
-        begun_with = _flatten(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise ArtifactError(f"tokenize {run_dir}: plan.json must be JSON, got {error}; use another run_dir") from error
-    now = _flatten(identity)
-    differing = [
-        f"{name} {begun_with.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(begun_with.keys() | now.keys())
-        if begun_with.get(name) != now.get(name)
+
+
+def _differences(begun_with: Any, now: Any) -> list[tuple[str, str]]:
+    before, after = _flatten(begun_with), _flatten(now)
+    return [
+        (name, f"{name} {before.get(name)!r} -> {after.get(name)!r}")
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     ]
-    if differing:
-        more = f" and {len(differing) - MAX_NAMED_FIELDS} more" if len(differing) > MAX_NAMED_FIELDS else ""
-        raise ArtifactError(
-            f"tokenize {run_dir}: the job must be the one the directory was begun with, got "
-            f"{', '.join(differing[:MAX_NAMED_FIELDS])}{more}; use another run_dir or undo the change"
-        )
-
-
-def find_finished(run_dir: Path, *, source: Source, plan: Plan, fingerprint_digest: str) -> dict[int, LedgerRecord]:
-    """Return the records of the units that need no work, by unit index; says in the log why others are done again.
-
-    Raises:
-        ArtifactError: a record speaks of another input file or tokenizer than the plan does.
-    """
-    finished = {}
-    for unit in plan.units:
-        path = record_path(run_dir, plan.keys.stem(unit.unit_index))
-        if not path.exists():
-            continue
-        try:
-            record = read_record(path)
-        except ArtifactError as error:
-            logger.warning("unit %d is done again: %s", unit.unit_index, error)
-            continue
-        _check_same_unit(run_dir, unit, record, fingerprint_digest=fingerprint_digest)
-        reason = _reason_to_redo(run_dir, unit, record, source=source, stem=path.stem)
-        if reason is None:
-            finished[unit.unit_index] = record
-        else:
-            logger.warning("unit %d (%s) is done again: %s", unit.unit_index, unit.name, reason)
-    return finished
-
-
-def _check_same_unit(run_dir: Path, unit: WorkUnit, record: LedgerRecord, *, fingerprint_digest: str) -> None:
-    where = f"tokenize {run_dir}: unit {unit.unit_index} was made"
-    if record.unit != unit.name:
-        raise ArtifactError(f"{where} from {record.unit!r}, got {unit.name!r}; use another run_dir")
-    if record.fingerprint_digest != fingerprint_digest:
-        raise ArtifactError(
-            f"{where} with tokenizer {record.fingerprint_digest}, got {fingerprint_digest}; use another run_dir"
-        )
-
-
-def _reason_to_redo(run_dir: Path, unit: WorkUnit, record: LedgerRecord, *, source: Source, stem: str) -> str | None:
-    if record.unit_fingerprint != unit.fingerprint:
-        return "a size or name of its input changed"
-    if record.input_mark != unit.mark and record.input_sha256 != content_digest(source.read(unit)):
-        return "the content of its input changed"
-    problem = committed_shard_problem(run_dir, record, stem=stem)
-    if problem is not None or record.shard is None:
-        return problem
-    path = shard_path(run_dir, stem)
-    if path.stat().st_mtime_ns != record.shard_mtime_ns and sha256_of_file(path) != record.shard.sha256:
-        return f"{path.name} was changed since it was committed"
-    return None
 
 
 def _flatten(value: Any, *, prefix: str = "") -> dict[str, Any]:

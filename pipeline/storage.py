@@ -7,12 +7,14 @@ Listings carry size and mark, so that a scan of 100,000 files needs no request f
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipeline.config import S3Config
 
@@ -85,6 +87,10 @@ class Storage(ABC):
     def write_bytes(self, name: str, data: bytes) -> FileInfo:
         """Commit `data` as the whole content of a file, replacing an older one."""
 
+    def write_json(self, name: str, value: Any) -> FileInfo:
+        """Commit `value` as indented JSON with a final newline; the keys keep their order, NaN is a ValueError."""
+        return self.write_bytes(name, json_bytes(value))
+
     @abstractmethod
     def stage(self, name: str) -> AbstractContextManager[Path]:
         """Return a context whose value is a local path to write to; a clean exit commits it as `name`.
@@ -95,6 +101,10 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file so that the removal outlives a crash; a missing file is fine."""
+
+    @abstractmethod
+    def find_staged(self) -> tuple[str, ...]:
+        """Return the names of what killed runs, or running jobs, have staged and not committed, sorted."""
 
     @abstractmethod
     def remove_staged(self) -> int:
@@ -136,3 +146,13 @@ def split_url(url: str) -> tuple[str, str]:
     """Return directory and name of a file: (`s3://b/x`, `a.tar`) for `s3://b/x/a.tar`, (`.`, `a.tar`) for `a.tar`."""
     directory, slash, name = url.rpartition("/")
     return (directory or slash or "."), name
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return indented JSON with a final newline, as UTF-8; the keys keep their order, NaN is a ValueError."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_of(data: Buffer) -> str:
+    """Return the hex sha256 of a file's content."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,26 +1,43 @@
 """The tokenize job: plan, skip what is finished, let a pool of Ray workers do the rest, write the manifest.
 
-The invariant: workers commit units, this process commits only the manifest, last; both may be killed at any moment and
-a rerun ends in the same bytes. A unit that keeps failing fails the job, after all others are done.
+The invariant: workers commit units, this process commits poison and, last, the manifest; all may be killed at any
+moment and a rerun ends in the same bytes. A unit that keeps failing is set aside and does not stop the others.
 """
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from contextlib import closing
 
 from pipeline.cluster import ray_session
 from pipeline.config import TokenizeConfig
-from pipeline.ledger import LedgerRecord, Manifest, write_manifest
-from pipeline.local_storage import exclusive, local_path, remove, remove_staged
-from pipeline.pool import WorkerPool
+from pipeline.gathered import Ledger
+from pipeline.ledger import (
+    MANIFEST_NAME,
+    Manifest,
+    PoisonRecord,
+    poison_name,
+    stem_of,
+    write_manifest,
+    write_poison,
+)
+from pipeline.pool import Poison, PoolState, WorkerPool
 from pipeline.progress import LiveProgress
-from pipeline.rejects import add_counts
-from pipeline.resume import check_identity, find_finished
+from pipeline.rejects import Counts
+from pipeline.resume import Found, check_identity, find_finished
+from pipeline.retry import RetrySource, plan_retries, with_retries
+from pipeline.sidecars import write_sidecars
 from pipeline.sources.plan import Plan
 from pipeline.sources.registry import make_source
-from pipeline.storage import ArtifactError
+from pipeline.status import StatusFile
+from pipeline.storage import ArtifactError, Storage, open_storage
+from pipeline.tally import Tally
+from pipeline.worker import Finished
 from tokenization.tokenizer import Tokenizer
+
+MIN_SAMPLES_TO_JUDGE = 10_000
+"""Samples read before the share of rejects may end a running job."""
+MAX_NAMED_UNITS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -33,55 +50,157 @@ def run_tokenize(config: TokenizeConfig, *, progress: bool = True) -> Manifest:
         progress: whether a terminal gets a live bar.
 
     Raises:
-        ArtifactError: the input or the directory cannot be used, a unit failed `max_attempts` times, nothing was
-            written, or more samples than `max_rejected_fraction` were rejected.
+        ArtifactError: the input or the directory cannot be used, more than `max_poison_units` units failed, nothing
+            was written, or more samples than `max_rejected_fraction` were rejected.
     """
-    run_dir = local_path(config.run_dir)
-    logger.info("tokenize %s: planning", run_dir)
-    source = make_source(config.source, s3=config.s3)
-    the_plan = source.plan()
-    tokenizer = Tokenizer.load(config.tokenizer)
-    with exclusive(run_dir):
-        num_leftovers = remove_staged(run_dir)
-        check_identity(run_dir, config=config, plan=the_plan, fingerprint=tokenizer.fingerprint)
-        records = find_finished(run_dir, source=source, plan=the_plan, fingerprint_digest=tokenizer.fingerprint.digest)
+    return _Job(config, progress=progress).run(retry_rejects=False)
+
+
+def retry_rejects(config: TokenizeConfig, *, progress: bool = True) -> Manifest:
+    """Try the rejects of a finished set again, in appended units, and return the new manifest.
+
+    Args:
+        config: the job that made the set; only `max_image_pixels` may have been raised since.
+        progress: whether a terminal gets a live bar.
+
+    Raises:
+        ArtifactError: as `run_tokenize`; or the set is not finished.
+    """
+    return _Job(config, progress=progress).run(retry_rejects=True)
+
+
+class _Job:
+    """One run of a tokenize job over its directory."""
+
+    def __init__(self, config: TokenizeConfig, *, progress: bool) -> None:
+        self._config, self._show_progress = config, progress
+        self._storage = open_storage(config.run_dir, s3=config.s3)
+        self._source = make_source(config.source, s3=config.s3)
+
+    def run(self, *, retry_rejects: bool) -> Manifest:
+        config, storage = self._config, self._storage
+        logger.info("tokenize %s: planning", storage)
+        source_plan = self._source.plan()
+        tokenizer = Tokenizer.load(config.tokenizer)
+        with storage.exclusive():
+            num_leftovers = storage.remove_staged()
+            check_identity(
+                storage,
+                config=config,
+                plan=source_plan,
+                fingerprint=tokenizer.fingerprint,
+                free=("max_image_pixels",) if retry_rejects else (),
+            )
+            plan = with_retries(storage, source_plan)
+            if retry_rejects:
+                self._require_finished()
+                num_retried = plan_retries(storage, plan, max_image_pixels=config.max_image_pixels)
+                logger.info("tokenize %s: rejects_to_retry=%d", storage, num_retried)
+                plan = with_retries(storage, source_plan)
+            ledger = Ledger(storage)
+            found = find_finished(
+                storage,
+                plan=plan,
+                source=RetrySource(self._source),
+                fingerprint_digest=tokenizer.fingerprint.digest,
+                ledger=ledger,
+            )
+            logger.info(
+                "tokenize %s: units=%d finished=%d leftovers_removed=%d",
+                storage,
+                len(plan.units),
+                found.tally.num_units,
+                num_leftovers,
+            )
+            poison = self._work(plan, tokenizer=tokenizer, ledger=ledger, found=found)
+            return self._finish(plan, tokenizer=tokenizer, tally=found.tally, poison=poison)
+
+    def _require_finished(self) -> None:
+        if self._storage.find(MANIFEST_NAME) is None:
+            raise ArtifactError(
+                f"retry rejects of {self._storage}: the set must be finished, got no manifest; run its job first"
+            )
+
+    def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[int]:
+        """Commit every unit that the tally lacks, add it, and return the units that were set aside instead."""
+        storage, config, tally = self._storage, self._config, found.tally
+        waiting = [unit for unit in plan.units if unit.unit_index not in tally]
+        if not waiting:
+            return []
+        storage.remove(MANIFEST_NAME)  # it would speak of shards that are about to be replaced
+        for name in found.uncommitted:
+            storage.remove(name)
+        known_poison = {stem_of(name) for name in storage.list("poison/")}
+        poison: list[int] = []
+        pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
+        live = LiveProgress(num_units=len(plan.units), num_units_done=tally.num_units, show=self._show_progress)
+        with live, StatusFile(storage) as status, ray_session(config.cluster), closing(pool.run(waiting)) as events:
+            for event in events:
+                if isinstance(event, Finished):
+                    stem = plan.keys.stem(event.record.unit_index)
+                    if stem in known_poison:
+                        storage.remove(poison_name(stem))
+                    ledger.note(stem, event.record, mark=event.record_mark)
+                    tally.add(event.record)
+                    live.add_unit(event.record.counts)
+                    self._judge_rejects(tally.totals())
+                elif isinstance(event, Poison):
+                    self._set_aside(event, plan=plan)
+                    poison.append(event.unit.unit_index)
+                else:
+                    assert isinstance(event, PoolState)
+                    live.show(event)
+                    status.write(event, samples_per_s=live.samples_per_s, eta_s=live.eta_s)
+            ledger.gather()
+        return poison
+
+    def _set_aside(self, poison: Poison, *, plan: Plan) -> None:
+        unit = poison.unit
+        record = PoisonRecord(unit_index=unit.unit_index, unit=unit.name, problems=list(poison.problems))
+        logger.error("unit %d (%s) is set aside: %s", unit.unit_index, unit.name, poison.problems[-1])
+        write_poison(self._storage, plan.keys.stem(unit.unit_index), record)
+
+    def _judge_rejects(self, totals: Counts) -> None:
+        """Raise ArtifactError where so many samples were rejected that going on makes no sense."""
+        limit = self._config.max_rejected_fraction
+        if totals.num_read >= MIN_SAMPLES_TO_JUDGE and totals.num_rejected > limit * totals.num_read:
+            raise ArtifactError(_too_many_rejects(self._storage, totals, limit=limit))
+
+    def _finish(self, plan: Plan, *, tokenizer: Tokenizer, tally: Tally, poison: list[int]) -> Manifest:
+        config, storage = self._config, self._storage
+        manifest = make_manifest(config, plan=plan, tokenizer=tokenizer, tally=tally, poison=poison)
+        if len(poison) > config.max_poison_units:
+            raise ArtifactError(self._too_much_poison(plan, poison))
+        _check_totals(storage, manifest.totals, limit=config.max_rejected_fraction)
+        write_sidecars(storage, manifest)
+        write_manifest(storage, manifest)
+        totals = manifest.totals
         logger.info(
-            "tokenize %s: units=%d finished=%d leftovers_removed=%d",
-            run_dir,
-            len(the_plan.units),
-            len(records),
-            num_leftovers,
+            "tokenize %s: shards=%d written=%d dropped=%d rejected=%d poison_units=%d",
+            storage,
+            len(manifest.shards),
+            totals.num_written,
+            totals.num_dropped,
+            totals.num_rejected,
+            len(poison),
         )
-        waiting = [unit for unit in the_plan.units if unit.unit_index not in records]
-        if waiting:
-            remove(run_dir / "manifest.json")  # it would speak of shards that are about to be replaced
-            with (
-                LiveProgress(num_units=len(the_plan.units), num_units_done=len(records), show=progress) as live,
-                ray_session(config.cluster),
-            ):
-                digest = tokenizer.fingerprint.digest
-                pool = WorkerPool(config, the_plan=the_plan, fingerprint_digest=digest, live=live)
-                records |= pool.run(waiting)
-            remove_staged(run_dir)
-        manifest = make_manifest(config, the_plan, tokenizer, [records[index] for index in sorted(records)])
-        _check_totals(run_dir, manifest, config=config)
-        write_manifest(run_dir, manifest)
-    logger.info(
-        "tokenize %s: shards=%d written=%d dropped=%d rejected=%d",
-        run_dir,
-        len(manifest.shards),
-        manifest.totals.num_written,
-        manifest.totals.num_dropped,
-        manifest.totals.num_rejected,
-    )
-    return manifest
+        return manifest
+
+    def _too_much_poison(self, plan: Plan, poison: list[int]) -> str:
+        named = ", ".join(f"{unit_index} ({plan.units[unit_index].name})" for unit_index in poison[:MAX_NAMED_UNITS])
+        more = f" and {len(poison) - MAX_NAMED_UNITS} more" if len(poison) > MAX_NAMED_UNITS else ""
+        return (
+            f"tokenize {self._storage}: at most {self._config.max_poison_units} of {len(plan.units)} units may fail, "
+            f"got {len(poison)}: {named}{more}, see poison/ for why; mend the cause and rerun (finished units are "
+            "kept), or raise max_poison_units to leave them out"
+        )
 
 
 def make_manifest(
-    config: TokenizeConfig, the_plan: Plan, tokenizer: Tokenizer, records: list[LedgerRecord]
+    config: TokenizeConfig, *, plan: Plan, tokenizer: Tokenizer, tally: Tally, poison: list[int]
 ) -> Manifest:
-    """Return the manifest of a set from its records, in the order of their units; pure."""
-    totals = add_counts([record.counts for record in records])
+    """Return the manifest of a set from the tally of its ledger; pure."""
+    totals = tally.totals()
     return Manifest(
         fingerprint=tokenizer.fingerprint,
         tokenizer=config.tokenizer,
@@ -90,22 +209,29 @@ def make_manifest(
         num_samples=totals.num_written,
         num_views=config.views.num_views,
         codes_per_image=tokenizer.codes_per_image,
-        class_names=None if the_plan.class_names is None else list(the_plan.class_names),
-        shards=[record.shard for record in records if record.shard is not None],
+        class_names=None if plan.class_names is None else list(plan.class_names),
+        shards=tally.shards_in_order(),
+        poison_units=sorted(poison),
         totals=totals,
     )
 
 
-def _check_totals(run_dir: Path, manifest: Manifest, *, config: TokenizeConfig) -> None:
-    totals = manifest.totals
-    reasons = ", ".join(f"{reason} {number}" for reason, number in totals.rejected_by_reason.items()) or "none"
-    if totals.num_rejected > config.max_rejected_fraction * totals.num_read:
-        raise ArtifactError(
-            f"tokenize {run_dir}: at most {config.max_rejected_fraction:.1%} of the samples may be rejected, got "
-            f"{totals.num_rejected} of {totals.num_read} ({reasons}); see rejects/ or raise max_rejected_fraction"
-        )
+def _check_totals(storage: Storage, totals: Counts, *, limit: float) -> None:
+    if totals.num_rejected > limit * totals.num_read:
+        raise ArtifactError(_too_many_rejects(storage, totals, limit=limit))
     if totals.num_written == 0:
         raise ArtifactError(
-            f"tokenize {run_dir}: a set must hold samples, got none of {totals.num_read} (rejected: {reasons}; "
-            f"dropped: {totals.num_dropped}); check source and rules"
+            f"tokenize {storage}: a set must hold samples, got none of {totals.num_read} (rejected: "
+            f"{_reasons(totals)}; dropped: {totals.num_dropped}); check source and rules"
         )
+
+
+def _too_many_rejects(storage: Storage, totals: Counts, *, limit: float) -> str:
+    return (
+        f"tokenize {storage}: at most {limit:.1%} of the samples may be rejected, got {totals.num_rejected} of "
+        f"{totals.num_read} ({_reasons(totals)}); see rejects/ or raise max_rejected_fraction"
+    )
+
+
+def _reasons(totals: Counts) -> str:
+    return ", ".join(f"{reason} {number}" for reason, number in totals.rejected_by_reason.items()) or "none"

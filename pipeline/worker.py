@@ -1,54 +1,73 @@
 """One work unit, from its input files to its ledger record; no Ray in here.
 
 The invariant: what a unit's files contain depends on its input, the spec and the weights, never on the worker, and its
-record is written last. Reading and cropping run in a thread ahead of the encoder, which sees full batches that
-straddle samples; the thread buys little on one CPU core and hides the crops behind a GPU.
+record is written last. Reading, decoding and cropping run in threads ahead of the encoder, which sees full batches
+that straddle samples; a worker may hold two units, so that one is committed (fsync, upload) while the next encodes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import queue
+import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import RulesConfig, TokenizeConfig
-from pipeline.ledger import LedgerRecord, record_path, rejects_path, shard_path, write_record
-from pipeline.local_storage import local_path, remove, stage
-from pipeline.rejects import RULE_STAGE, Reject, count, write_rejects
-from pipeline.shards import ShardInfo, ShardReader, ShardSample, ShardWriter, describe_shard, index_path
+from pipeline.ahead import prepared_ahead
+from pipeline.config import TokenizeConfig
+from pipeline.ledger import LedgerRecord, Retried, index_name, rejects_name, shard_name, write_record
+from pipeline.prepare import PreparedSample, prepare_sample
+from pipeline.rejects import Reject, count, write_rejects
+from pipeline.retry import RetryDetails, RetrySource
+from pipeline.shards import ShardInfo, ShardSample, ShardWriter, check_written
 from pipeline.sources.plan import KeyFormat, WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample, add_to_digest
-from pipeline.storage import ArtifactError
-from tokenization.crops import ImageRejectedError, decode_image, make_views
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 
-PREFETCHED_SAMPLES = 16
-_T = TypeVar("_T")
+SAMPLES_PER_GROUP = 16
+NUM_GROUPS_AHEAD = 4
+SWITCH_INTERVAL_S = 0.0005
+"""How long a Python thread may keep the others waiting; with the default 5 ms, decoding would starve the encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedSample:
-    """A sample ready to encode: its views as uint8 `(V, H, W, 3)` and the metadata that its shard will hold."""
+class Finished:
+    """A unit that was committed: its record and the mark of the record's file."""
 
-    key: str
-    images_VHWC: npt.NDArray[np.uint8]
-    metadata: dict[str, Any]
+    record: LedgerRecord
+    record_mark: str
+
+
+@dataclass(kw_only=True)
+class _Unit:
+    """A unit under way: what was read of it, where its samples went, and the seconds it took."""
+
+    unit: WorkUnit
+    stem: str
+    num_read: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextlib.contextmanager
+    def timed(self, stage_name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage_name] += time.perf_counter() - start
 
 
 class UnitTokenizer:
-    """Tokenizes work units one after the other with one loaded tokenizer."""
+    """Tokenizes work units with one loaded tokenizer; `run` may be called from two threads."""
 
     def __init__(self, config: TokenizeConfig, *, keys: KeyFormat, fingerprint_digest: str) -> None:
         """Load the tokenizer.
@@ -62,8 +81,8 @@ class UnitTokenizer:
             ArtifactError: the weights that this process sees are others.
         """
         self._config, self._keys = config, keys
-        self._run_dir = local_path(config.run_dir)
-        self._source = make_source(config.source, s3=config.s3)
+        self._storage = open_storage(config.run_dir, s3=config.s3)
+        self._source = RetrySource(make_source(config.source, s3=config.s3))
         self._tokenizer = Tokenizer.load(
             config.tokenizer,
             device="cuda" if config.cluster.gpus_per_worker > 0 else "cpu",
@@ -75,81 +94,101 @@ class UnitTokenizer:
                 f"load tokenizer {config.tokenizer.weights}: fingerprint must be {fingerprint_digest} everywhere, "
                 f"got {digest}; copy the same weights to all of them"
             )
-        self._num_read = 0
+        self._threads = ThreadPoolExecutor(max(1, int(config.cluster.cpus_per_worker)), thread_name_prefix="prepare")
+        self._encoder = threading.Lock()
+        self._running: dict[int, _Unit] = {}
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     def num_read(self) -> int:
-        """Return how many samples of the unit at hand were read so far; may be called from another thread."""
-        return self._num_read
+        """Return how many samples of the units at hand were read so far; may be called from another thread."""
+        return sum(under_way.num_read for under_way in list(self._running.values()))
 
-    def run(self, unit: WorkUnit) -> LedgerRecord:
-        """Tokenize a unit, commit its shard, index and rejects, then its record; return the record.
+    def run(self, unit: WorkUnit) -> Finished:
+        """Tokenize a unit, commit its shard, index and rejects, then its record.
 
         Raises:
             ArtifactError: the input is damaged as a whole; trying again will not help.
         """
-        stem = self._keys.stem(unit.unit_index)
-        remove(record_path(self._run_dir, stem))  # whatever it vouched for is about to be replaced
-        self._num_read = 0
-        seconds: defaultdict[str, float] = defaultdict(float)
-        rejects: list[Reject] = []
-        digest = hashlib.sha256()
-        prepared = _in_thread(self._prepare(unit, rejects=rejects, digest=digest, seconds=seconds))
-        with contextlib.closing(prepared):
-            shard = self._write_shard(stem, self._encode(prepared, seconds=seconds), seconds=seconds)
-        with _timed(seconds, "commit"):
-            path = rejects_path(self._run_dir, stem)
-            if rejects:
-                write_rejects(path, rejects)
+        under_way = _Unit(unit=unit, stem=self._keys.stem(unit.unit_index))
+        self._running[unit.unit_index] = under_way
+        try:
+            return self._run(under_way)
+        finally:
+            del self._running[unit.unit_index]
+
+    def _run(self, under_way: _Unit) -> Finished:
+        unit, stem = under_way.unit, under_way.stem
+        with prepared_ahead(
+            self._read(under_way),
+            lambda samples: self._prepare(under_way, samples),
+            threads=self._threads,
+            group_size=SAMPLES_PER_GROUP,
+            num_groups_ahead=NUM_GROUPS_AHEAD,
+        ) as prepared:
+            shard, mark = self._write_shard(under_way, self._encode(under_way, prepared))
+        with under_way.timed("commit"):
+            if under_way.rejects:
+                write_rejects(self._storage, rejects_name(stem), under_way.rejects)
             else:
-                remove(path)
+                self._storage.remove(rejects_name(stem))
         record = LedgerRecord(
             unit_index=unit.unit_index,
             unit=unit.name,
             unit_fingerprint=unit.fingerprint,
             input_mark=unit.mark,
-            input_sha256=digest.hexdigest(),
+            input_sha256=under_way.digest.hexdigest(),
             fingerprint_digest=self._tokenizer.fingerprint.digest,
-            counts=count(rejects, num_written=0 if shard is None else shard.num_samples),
+            counts=count(under_way.rejects, num_written=0 if shard is None else shard.num_samples),
             shard=shard,
-            shard_mtime_ns=0 if shard is None else shard_path(self._run_dir, stem).stat().st_mtime_ns,
-            seconds_of_stage={name: round(spent, 3) for name, spent in sorted(seconds.items())},
+            shard_mark=mark,
+            seconds_of_stage={name: round(spent, 3) for name, spent in sorted(under_way.seconds.items())},
+            retried=_retried(unit, keys=self._keys),
         )
-        write_record(self._run_dir, stem, record)
-        return record
+        return Finished(record=record, record_mark=write_record(self._storage, stem, record).mark)
 
-    def _prepare(
-        self, unit: WorkUnit, *, rejects: list[Reject], digest: hashlib._Hash, seconds: defaultdict[str, float]
-    ) -> Iterator[PreparedSample]:
-        """Yield the usable samples of a unit; the others are added to `rejects`."""
-        samples = self._source.read(unit)
+    def _read(self, under_way: _Unit) -> Iterator[InputSample]:
+        samples = self._source.read(under_way.unit)
         while True:
-            with _timed(seconds, "read"):
+            with under_way.timed("read"):
                 sample = next(samples, None)
                 if sample is None:
                     return
-                add_to_digest(digest, sample)
-            with _timed(seconds, "crop"):
-                key = self._keys.key(unit.unit_index, sample.position)
-                prepared = prepare_sample(sample, key=key, config=self._config)
-            self._num_read += 1
-            if isinstance(prepared, Reject):
-                rejects.append(prepared)
-            else:
-                yield prepared
+                add_to_digest(under_way.digest, sample)
+            under_way.num_read += 1
+            yield sample
 
-    def _encode(self, prepared: Iterable[PreparedSample], *, seconds: defaultdict[str, float]) -> Iterator[ShardSample]:
-        """Yield the samples with their codes; every batch but the last is full."""
+    def _prepare(self, under_way: _Unit, samples: list[InputSample]) -> list[PreparedSample | Reject]:
+        unit, start = under_way.unit, time.perf_counter()
+        limit = self._config.max_image_pixels
+        if isinstance(unit.details, RetryDetails):
+            limit = unit.details.planned.max_image_pixels
+        prepared = [
+            prepare_sample(
+                sample,
+                key=self._keys.key(unit.unit_index, sample.position),
+                config=self._config,
+                max_image_pixels=limit,
+            )
+            for sample in samples
+        ]
+        under_way.seconds["crop"] += time.perf_counter() - start
+        return prepared
+
+    def _encode(self, under_way: _Unit, prepared: Iterable[PreparedSample | Reject]) -> Iterator[ShardSample]:
+        """Yield the usable samples with their codes; every batch but the last is full. Rejects are put aside."""
         batch_size, num_views = self._config.tokenizer.batch_size, self._config.views.num_views
         waiting: deque[PreparedSample] = deque()
         images: list[npt.NDArray[np.uint8]] = []
         codes: list[npt.NDArray[np.int32]] = []
-        end = object()
-        for sample in chain(prepared, [end]):
-            if isinstance(sample, PreparedSample):
+        for sample in chain(prepared, [None]):
+            if isinstance(sample, Reject):
+                under_way.rejects.append(sample)
+                continue
+            if sample is not None:
                 waiting.append(sample)
                 images.extend(sample.images_VHWC)
-            while len(images) >= (batch_size if sample is not end else 1):
-                with _timed(seconds, "encode"):
+            while len(images) >= (1 if sample is None else batch_size):
+                with under_way.timed("encode"):
                     codes.extend(self._tokenizer.encode(np.stack(images[:batch_size])))
                 del images[:batch_size]
             while waiting and len(codes) >= num_views:
@@ -157,122 +196,35 @@ class UnitTokenizer:
                 yield ShardSample(key=done.key, codes_VT=np.stack(codes[:num_views]), metadata=done.metadata)
                 del codes[:num_views]
 
-    def _write_shard(
-        self, stem: str, samples: Iterator[ShardSample], *, seconds: defaultdict[str, float]
-    ) -> ShardInfo | None:
-        """Commit the samples as shard and index and describe the shard; without a sample remove an older one."""
-        path = shard_path(self._run_dir, stem)
-        first = next(samples, None)
-        if first is None:
-            remove(path)
-            remove(index_path(path))
-            return None
-        with stage(index_path(path)) as staged_index, stage(path) as staged_path:
-            keys = []
-            with ShardWriter(staged_path, codebook_size=self._tokenizer.codebook_size) as writer:
-                for sample in chain([first], samples):
-                    writer.add(sample)
-                    keys.append(sample.key)
-                staged_index.write_bytes(writer.close())
-            with _timed(seconds, "commit"):
-                _check_staged_shard(staged_path, index=staged_index, keys=keys)
-                info = describe_shard(staged_path, name=path.name, num_samples=len(keys))
-        return info
+    def _write_shard(self, under_way: _Unit, samples: Iterator[ShardSample]) -> tuple[ShardInfo | None, str]:
+        """Commit the samples as index and shard; return what the shard is and its mark, or none without a sample."""
+        name = shard_name(under_way.stem)
+        with contextlib.ExitStack() as staged:
+            with self._encoder:  # one unit encodes while the other is committed
+                first = next(samples, None)
+                if first is None:
+                    return None, ""
+                staged_path = staged.enter_context(self._storage.stage(name))
+                with ShardWriter(staged_path, codebook_size=self._tokenizer.codebook_size) as writer:
+                    for sample in chain([first], samples):
+                        writer.add(sample)
+                    written = writer.close()
+            with under_way.timed("commit"):
+                check_written(staged_path, written)
+                self._storage.write_bytes(index_name(under_way.stem), written.index)
+                staged.close()  # commits the shard
+        committed = self._storage.find(name)
+        if committed is None:
+            raise OSError(f"write shard {self._storage.url_of(name)}: it must be there once committed, got nothing")
+        return written.info(name=name.rpartition("/")[2]), committed.mark
 
 
-def prepare_sample(sample: InputSample, *, key: str, config: TokenizeConfig) -> PreparedSample | Reject:
-    """Decode, check and crop one sample.
-
-    Args:
-        sample: as it was read.
-        key: its key in the set.
-        config: the job; its pixel limit, rules, views and image size are used.
-
-    Returns:
-        The sample ready to encode, or why it is dropped (stage `rule`) or rejected.
-    """
-    if sample.problem is not None:
-        problem = sample.problem
-        return Reject(key=key, source=sample.source, stage=problem.stage, reason=problem.reason, detail=problem.detail)
-    try:
-        image = decode_image(sample.data, max_pixels=config.max_image_pixels)
-        broken = broken_rule(image.width, image.height, rules=config.rules)
-        if broken is not None:
-            detail = f"{image.width} x {image.height} px"
-            return Reject(key=key, source=sample.source, stage=RULE_STAGE, reason=broken, detail=detail)
-        views = make_views(image, config=config.views, image_size_px=config.tokenizer.image_size_px)
-    except ImageRejectedError as error:
-        return Reject(key=key, source=sample.source, stage=error.stage, reason=error.reason, detail=str(error))
-    metadata = {
-        "caption": sample.caption,
-        "label": sample.label,
-        "width": image.width,
-        "height": image.height,
-        "source": sample.source,
-        "views": list(views.boxes),
-        "extra": sample.extra,
-    }
-    return PreparedSample(key=key, images_VHWC=views.images_VHWC, metadata=metadata)
-
-
-def broken_rule(width_px: int, height_px: int, *, rules: RulesConfig) -> str | None:
-    """Return the name of the first rule that an image of this size breaks, or None."""
-    short, long = sorted((width_px, height_px))
-    if short < rules.min_side_px:
-        return "min_side_px"
-    if rules.max_aspect_ratio is not None and long > rules.max_aspect_ratio * short:
-        return "max_aspect_ratio"
-    return None
-
-
-def _check_staged_shard(path: Path, *, index: Path, keys: list[str]) -> None:
-    """Read a staged shard back and compare its keys, so that a write that went wrong is never committed."""
-    reader = ShardReader(path, index=index)
-    found = [reader.sample(position).key for position in range(reader.num_samples)]
-    if found != keys:
-        raise OSError(
-            f"write shard {path}: {len(keys)} samples must read back, got {len(found)} others; check the disk"
-        )
-
-
-@contextlib.contextmanager
-def _timed(seconds: defaultdict[str, float], stage_name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage_name] += time.perf_counter() - start
-
-
-def _in_thread(values: Iterator[_T]) -> Generator[_T, None, None]:
-    """Yield `values`, in order, from a thread that runs ahead; its error is raised here, closing this stops it."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=PREFETCHED_SAMPLES)
-    stopped = threading.Event()
-
-    def put(kind: str, value: Any) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((kind, value), timeout=0.1)
-                return
-
-    def produce() -> None:
-        try:
-            for value in values:
-                put("value", value)
-                if stopped.is_set():
-                    return
-            put("end", None)
-        except Exception as error:  # handed to the consumer
-            put("error", error)
-
-    thread = threading.Thread(target=produce, name="prepare", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stopped.set()
-        thread.join()
+def _retried(unit: WorkUnit, *, keys: KeyFormat) -> Retried | None:
+    if not isinstance(unit.details, RetryDetails):
+        return None
+    planned = unit.details.planned
+    return Retried(
+        keys=planned.keys,
+        rejected_by_reason=planned.rejected_by_reason,
+        inputs={keys.stem(of_input.unit_index): of_input.fingerprint for of_input, _ in unit.details.picks},
+    )

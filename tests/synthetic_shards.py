@@ -8,7 +8,8 @@ import numpy as np
 from pipeline.config import RulesConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.rejects import Counts
-from pipeline.shards import ShardInfo, ShardSample, ShardWriter, describe_shard, index_path
+from pipeline.shards import ShardInfo, ShardSample, ShardWriter
+from pipeline.storage import open_storage
 from tokenization.config import TokenizerConfig, ViewsConfig, VQConfig
 from tokenization.fingerprint import Fingerprint
 from training.config import TrainConfig
@@ -60,8 +61,9 @@ def write_shard_set(
                 metadata = {"caption": None, "label": index % NUM_CLASSES if label == "of_sample" else label}
                 writer.add(ShardSample(key=f"{shard:05d}{position:04d}", codes_VT=codes, metadata=metadata))
                 index += 1
-            index_path(path).write_bytes(writer.close())
-        shards.append(describe_shard(path, name=path.name, num_samples=num_samples))
+            written = writer.close()
+        path.with_name(f"{path.name}.idx").write_bytes(written.index)
+        shards.append(written.info(path.name))
     total = sum(samples_per_shard)
     counts = Counts(
         num_read=total, num_written=total, num_dropped=0, num_rejected=0, dropped_by_reason={}, rejected_by_reason={}
@@ -76,9 +78,10 @@ def write_shard_set(
         codes_per_image=num_codes,
         class_names=None,
         shards=shards,
+        poison_units=[],
         totals=counts,
     )
-    write_manifest(run_dir, manifest)
+    write_manifest(open_storage(str(run_dir)), manifest)
     return run_dir
 
 

@@ -13,7 +13,10 @@ from PIL import Image
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.resume import check_identity
+from pipeline.sidecars import write_sidecars
 from pipeline.sources.registry import make_source
+from pipeline.storage import open_storage
+from pipeline.tally import Tally
 from pipeline.tokenize import make_manifest
 from pipeline.worker import UnitTokenizer
 from tokenization.config import VQConfig
@@ -21,6 +24,7 @@ from tokenization.tokenizer import Tokenizer
 from tokenization.vq import VQNetwork
 from tokenization.weights_file import write_weights
 
+VOLATILE = (".lock", "preview.html", "status.json")
 Members = list[tuple[str, bytes]]
 
 
@@ -83,20 +87,23 @@ def tokenize_config(run_dir: Path, *, source: dict[str, Any], weights: Path, **f
 
 def tokenize_here(config: TokenizeConfig) -> Manifest:
     """What `run_tokenize` leaves behind, made in this process without Ray."""
-    the_plan, tokenizer = make_source(config.source, s3=config.s3).plan(), Tokenizer.load(config.tokenizer)
-    worker = UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    check_identity(run_dir, config=config, plan=the_plan, fingerprint=tokenizer.fingerprint)
-    manifest = make_manifest(config, the_plan, tokenizer, [worker.run(unit) for unit in the_plan.units])
-    write_manifest(run_dir, manifest)
+    plan, tokenizer = make_source(config.source, s3=config.s3).plan(), Tokenizer.load(config.tokenizer)
+    worker = UnitTokenizer(config, keys=plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
+    storage = open_storage(config.run_dir, s3=config.s3)
+    check_identity(storage, config=config, plan=plan, fingerprint=tokenizer.fingerprint)
+    tally = Tally()
+    for unit in plan.units:
+        tally.add(worker.run(unit).record)
+    manifest = make_manifest(config, plan=plan, tokenizer=tokenizer, tally=tally, poison=[])
+    write_sidecars(storage, manifest)
+    write_manifest(storage, manifest)
     return manifest
 
 
 def files_of(run_dir: Path) -> dict[str, bytes]:
-    """All files of a set whose bytes may not depend on the run: everything but the ledger, which holds times."""
+    """All files of a set whose bytes may not depend on the run: all but ledger and status, which hold times."""
     return {
         path.relative_to(run_dir).as_posix(): path.read_bytes()
         for path in sorted(run_dir.rglob("*"))
-        if path.is_file() and path.parent.name != "ledger" and path.name not in (".lock", "preview.html")
+        if path.is_file() and path.parent.name != "ledger" and path.name not in VOLATILE
     }

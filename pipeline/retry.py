@@ -1,0 +1,188 @@
+"""Trying rejected samples again: appended work units that read only them, from wherever they lie in the input.
+
+The invariant: an appended unit is planned in `retries/NNNNN.json` before any work, so that a killed retry is resumed by
+any later run; a reject is retried once, under a new key, and what happens to it counts in the appended unit alone.
+Dropped samples (stage `rule`) are no rejects. Reading costs a pass over every input that holds a reject.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
+
+from pipeline.ledger import stem_of
+from pipeline.rejects import RULE_STAGE, Reject, read_rejects
+from pipeline.sources.plan import KeyFormat, Plan, Source, WorkUnit
+from pipeline.sources.sample import InputSample, Problem
+from pipeline.storage import ArtifactError, Storage
+from tokenization.config import Config
+
+MAX_SAMPLES_PER_UNIT = 10_000
+NUM_READ_THREADS = 16
+_FOLDER = "retries/"
+
+
+class PlannedRetry(Config):
+    """One appended unit: `retries/NNNNN.json`."""
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    unit_index: NonNegativeInt
+    """Number of the appended unit."""
+    keys: list[str]
+    """Keys of the rejects to try again, in the order of the input."""
+    rejected_by_reason: dict[str, int]
+    """Why they were rejected, by `stage/reason`."""
+    max_image_pixels: PositiveInt
+    """The job's limit when the retry was asked for; raising it is one reason to retry."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryDetails:
+    """What an appended unit reads.
+
+    Attributes:
+        planned: the keys, and why they were rejected.
+        picks: for each work unit of the source, in order, the positions to read, ascending.
+    """
+
+    planned: PlannedRetry
+    picks: tuple[tuple[WorkUnit, tuple[int, ...]], ...]
+
+
+class RetrySource:
+    """Reads the units of a source, and the units that were appended to them."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def read(self, unit: WorkUnit) -> Iterator[InputSample]:
+        """Yield the samples of a unit; those of an appended one are numbered anew from 0.
+
+        Raises:
+            ArtifactError: an input is damaged as a whole.
+        """
+        if not isinstance(unit.details, RetryDetails):
+            yield from self._source.read(unit)
+            return
+        position = 0
+        for input_unit, positions in unit.details.picks:
+            for sample in self._pick(input_unit, positions):
+                yield replace(sample, position=position)
+                position += 1
+
+    def _pick(self, unit: WorkUnit, positions: Sequence[int]) -> Iterator[InputSample]:
+        wanted = list(reversed(positions))
+        for sample in self._source.read(unit):
+            if sample.position == wanted[-1]:
+                wanted.pop()
+                yield sample
+            if not wanted:
+                return
+        for position in reversed(wanted):
+            problem = Problem(stage="read", reason="gone", detail=f"{unit.name} has no sample {position} any more")
+            yield InputSample(position=position, source=f"{unit.name}#{position}", extra={}, problem=problem)
+
+
+def with_retries(storage: Storage, plan: Plan) -> Plan:
+    """Return the plan of a source with the appended units of this set after its own.
+
+    Raises:
+        ArtifactError: a file in `retries/` is damaged or missing.
+    """
+    planned = [_read_planned(storage, name) for name in storage.list(_FOLDER)]
+    for unit_index, one in enumerate(planned, start=len(plan.units)):
+        if one.unit_index != unit_index:
+            raise ArtifactError(
+                f"tokenize {storage}: retries/ must go on at unit {unit_index}, got {one.unit_index}; "
+                "put the missing file back or use another run_dir"
+            )
+    units = [*plan.units]
+    for one in planned:
+        units.append(_appended_unit(one, plan=replace(plan, units=tuple(units))))
+    return replace(plan, units=tuple(units))
+
+
+def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
+    """Append units for all rejects that were not retried yet and return how many rejects those are.
+
+    Args:
+        storage: of the set.
+        plan: all its units, those appended before included.
+        max_image_pixels: for the new units.
+
+    Raises:
+        ArtifactError: a rejects file is damaged.
+    """
+    retried = {
+        key for unit in plan.units if isinstance(unit.details, RetryDetails) for key in unit.details.planned.keys
+    }
+    names = [name for name in storage.list("rejects/") if int(stem_of(name)) < len(plan.units)]
+    with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
+        rejects = [
+            reject
+            for of_unit in threads.map(lambda name: read_rejects(storage, name), names)
+            for reject in of_unit
+            if reject.stage != RULE_STAGE and reject.key not in retried
+        ]
+    rejects.sort(key=lambda reject: _locate(reject.key, plan=plan))
+    size = min(MAX_SAMPLES_PER_UNIT, 10**plan.keys.position_digits)
+    for number, start in enumerate(range(0, len(rejects), size)):
+        _write_planned(
+            storage,
+            rejects[start : start + size],
+            unit_index=len(plan.units) + number,
+            keys=plan.keys,
+            max_image_pixels=max_image_pixels,
+        )
+    return len(rejects)
+
+
+def _write_planned(
+    storage: Storage, rejects: list[Reject], *, unit_index: int, keys: KeyFormat, max_image_pixels: int
+) -> None:
+    reasons = Counter(f"{reject.stage}/{reject.reason}" for reject in rejects)
+    planned = PlannedRetry(
+        unit_index=unit_index,
+        keys=[reject.key for reject in rejects],
+        rejected_by_reason=dict(sorted(reasons.items())),
+        max_image_pixels=max_image_pixels,
+    )
+    storage.write_json(f"{_FOLDER}{keys.stem(unit_index)}.json", planned.model_dump(mode="json"))
+
+
+def _read_planned(storage: Storage, name: str) -> PlannedRetry:
+    try:
+        return PlannedRetry.model_validate_json(storage.read_bytes(name))
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(f"read {storage.url_of(name)}: {error}; put it back or use another run_dir") from error
+
+
+def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:
+    positions_of: dict[int, list[int]] = {}
+    for key in planned.keys:
+        unit_index, position = _locate(key, plan=plan)
+        positions_of.setdefault(unit_index, []).append(position)
+    picks = tuple((plan.units[unit_index], tuple(positions)) for unit_index, positions in positions_of.items())
+    return WorkUnit(
+        unit_index=planned.unit_index,
+        name=f"{len(planned.keys)} rejects",
+        fingerprint=hashlib.sha256(" ".join(planned.keys).encode()).hexdigest()[:16],
+        mark="",
+        details=RetryDetails(planned=planned, picks=picks),
+    )
+
+
+def _locate(key: str, *, plan: Plan) -> tuple[int, int]:
+    """Return the unit of the source, and the position in it, of the sample behind a key, retried or not."""
+    stem, position = key[: -plan.keys.position_digits], int(key[-plan.keys.position_digits :])
+    details = plan.units[int(stem)].details
+    if isinstance(details, RetryDetails):
+        return _locate(details.planned.keys[position], plan=plan)
+    return int(stem), position
