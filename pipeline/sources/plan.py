@@ -52,7 +52,16 @@ class KeyFormat:
     position_digits: int
 
     def key(self, unit_index: int, position: int) -> str:
-        """Return the key of a sample: zero-padded unit index, then zero-padded position in the unit."""
+        """Return the key of a sample: zero-padded unit index, then zero-padded position in the unit.
+
+        Raises:
+            ValueError: the position is wider than the plan allowed for, because the input grew since.
+        """
+        if position >= 10**self.position_digits:
+            raise ValueError(
+                f"key of unit {unit_index}: position must have {self.position_digits} digits as planned, got "
+                f"{position}; rerun the job"
+            )
         return f"{self.stem(unit_index)}{position:0{self.position_digits}d}"
 
     def stem(self, unit_index: int) -> str:

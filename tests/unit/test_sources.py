@@ -46,6 +46,13 @@ def test_keys_are_unit_then_position_and_wide_enough_for_the_largest_tar(tmp_pat
     assert keys.stem(1) == "00001"
 
 
+def test_a_position_that_the_plan_did_not_foresee_has_no_key(tmp_path: Path) -> None:
+    keys = plan(tars(write_tars(tmp_path, num_tars=1, samples_per_tar=3))).keys
+    assert keys.key(0, 99) == "0000099"
+    with pytest.raises(ValueError, match="unit 0: position must have 2 digits as planned, got 100; rerun"):
+        keys.key(0, 100)
+
+
 def test_folder_keys_are_as_wide_as_the_samples_of_a_unit(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "tree")
     assert plan(folder(root, samples_per_unit=1000)).keys.key(0, 7) == "00000007"
