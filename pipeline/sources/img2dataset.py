@@ -16,7 +16,7 @@ from pipeline.config import Img2DatasetConfig, S3Config
 from pipeline.rejects import RULE_STAGE
 from pipeline.sources.fields import checked_caption, checked_label, parse_caption, printable
 from pipeline.sources.img2dataset_sidecar import SUCCESS, Sidecar, read_sidecar
-from pipeline.sources.plan import Plan, Source, WorkUnit, digest_of, make_plan
+from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import Members, read_groups, split_members
 from pipeline.storage import ArtifactError, FileInfo, open_storage
@@ -43,12 +43,11 @@ class Img2DatasetSource(Source):
         shards = self._finished_shards()
         units: list[WorkUnit] = []
         for stem, files in shards.items():
-            sizes = [[stem + ending, files[ending].num_bytes] for ending in (TAR, SIDECAR)]
             unit = WorkUnit(
                 unit_index=len(units),
                 name=stem + TAR,
-                fingerprint=digest_of(sizes),
-                mark=digest_of([files[TAR].mark, files[SIDECAR].mark]),
+                fingerprint=fingerprint_of((stem + ending, files[ending].num_bytes) for ending in (TAR, SIDECAR)),
+                mark=mark_of((files[TAR], files[SIDECAR])),
                 details=stem,
             )
             units.append(unit)

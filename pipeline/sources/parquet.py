@@ -29,7 +29,7 @@ from pipeline.sources.parquet_columns import (
     read_footer,
     usable,
 )
-from pipeline.sources.plan import Plan, Source, WorkUnit, digest_of, make_plan
+from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.urls import ListedFile, list_files, read_class_names
 from pipeline.storage import ArtifactError, open_storage
@@ -186,12 +186,12 @@ def _no_image(path: str | None, *, is_there: bool) -> UnusableSampleError:
 
 
 def _make_unit(file: ListedFile, groups: RowGroups, *, unit_index: int) -> WorkUnit:
-    name = file.name.rpartition("/")[2]
+    name = f"{file.base_name} row groups {groups.start}..{groups.stop - 1}"
     return WorkUnit(
         unit_index=unit_index,
-        name=f"{name} row groups {groups.start}..{groups.stop - 1}",
-        fingerprint=digest_of([[name, file.info.num_bytes], groups.start, groups.stop]),
-        mark=digest_of([file.info.mark]),
+        name=name,
+        fingerprint=fingerprint_of([(name, file.info.num_bytes)]),
+        mark=mark_of([file.info]),
         details=groups,
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.config import S3Config, WebDatasetConfig
 from pipeline.sources.fields import printable
-from pipeline.sources.plan import Plan, Source, WorkUnit, digest_of, make_plan
+from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import make_sample, read_groups
 from pipeline.sources.urls import list_files, read_class_names
@@ -42,9 +42,9 @@ class WebDatasetSource(Source):
         units = [
             WorkUnit(
                 unit_index=unit_index,
-                name=file.name.rpartition("/")[2],
-                fingerprint=digest_of([[file.name.rpartition("/")[2], file.info.num_bytes]]),
-                mark=digest_of([file.info.mark]),
+                name=file.base_name,
+                fingerprint=fingerprint_of([(file.base_name, file.info.num_bytes)]),
+                mark=mark_of([file.info]),
                 details=TarFile(file.url, num_classes),
             )
             for unit_index, file in enumerate(files)

@@ -1,5 +1,8 @@
 """Plans: the same files give the same units, keys fit, and what is missing is named."""
 
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -82,6 +85,21 @@ def test_a_moved_corpus_keeps_its_fingerprints_and_a_grown_file_changes_one(tmp_
     after = [unit.fingerprint for unit in plan(tars(f"{tmp_path}/b/*.tar")).units]
     assert after[0] == before[0]
     assert after[1] != before[1]
+
+
+def test_fingerprints_are_those_of_names_and_sizes_as_json(tmp_path: Path) -> None:
+    (tmp_path / 'caf\u00e9 "x".tar').write_bytes(bytes(10))
+    (unit,) = plan(tars(f"{tmp_path}/*.tar")).units
+    expected = hashlib.sha256(json.dumps([['caf\u00e9 "x".tar', 10]]).encode()).hexdigest()[:16]
+    assert unit.fingerprint == expected
+
+
+def test_a_mark_changes_when_a_file_is_written_again(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, num_tars=2)
+    before = [unit.mark for unit in plan(tars(pattern)).units]
+    os.utime(tmp_path / "00001.tar", (1, 1))
+    after = [unit.mark for unit in plan(tars(pattern)).units]
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
 
 
 def test_class_names_of_tars_come_from_their_file(tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_unions_are_told_by_their_kinds(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("given", "got"), [("", "neither"), ("  urls: [a]\n  urls_file: b\n", "both")])
+def test_a_source_of_files_names_them_in_one_way(tmp_path: Path, given: str, got: str) -> None:
+    text = f"kind: tokenize\nrun_dir: x\nsource:\n  kind: parquet\n{given}tokenizer: {{weights: x}}\n"
+    message = f"source: exactly one of urls and urls_file must be given, got {got}; keep one"
+    assert problems(tmp_path, text) == [f"spec.yaml:3: {message}"]
+
+
 def test_fields_of_a_union_member_get_suggestions_of_that_member(tmp_path: Path) -> None:
     text = "kind: tokenize\nrun_dir: x\nsource:\n  kind: image_folder\n  rot: y\ntokenizer: {weights: x}\n"
     assert problems(tmp_path, text) == ["spec.yaml:5: source.rot is not a field; did you mean root?"]
