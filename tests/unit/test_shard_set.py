@@ -84,7 +84,7 @@ def test_a_finished_set_is_whole(root: Path) -> None:
         (lambda s: shutil.copy(s / "rejects/00002.parquet", s / "rejects/00000.parquet"), "no ledger record speaks"),
         (
             lambda s: (s / "shards/.staged-00007.tar-1-a").write_text("x"),
-            "staged leftover shards/.staged-00007.tar-1-a",
+            "staged leftover shards/.staged-00007.tar-1",
         ),
         (lambda s: (s / "manifest.json").unlink(), "finish the tokenize job"),
         (lambda s: edit_json(s / "manifest.json", lambda m: m.update(version=2)), "version"),

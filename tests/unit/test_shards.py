@@ -25,7 +25,7 @@ from pipeline.shards import (
     open_shard,
     read_shard,
 )
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 from pipeline.ustar import member_bytes
 
 
