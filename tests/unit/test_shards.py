@@ -25,7 +25,7 @@ from pipeline.shards import (
     open_shard,
     read_shard,
 )
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import ArtifactError
 from pipeline.ustar import member_bytes
 
 
@@ -194,8 +194,11 @@ def test_samples_read_back_in_any_order(tmp_path: Path, codebook_size: int, dtyp
         assert sample.metadata == written.metadata
         assert sample.codes_VT.dtype == dtype
         np.testing.assert_array_equal(sample.codes_VT, written.codes_VT)
-    keys = [sample.key for sample in read_shard(open_storage(str(path.parent)), path.name)]
-    assert keys == ["000000000", "000000001", "000000002"]
+    assert [sample.key for sample in read_shard(LocalStorage(tmp_path), "00000.tar")] == [
+        "000000000",
+        "000000001",
+        "000000002",
+    ]
     with pytest.raises(IndexError, match=r"\[0, 3\), got 3"):
         reader.sample(3)
 
@@ -282,7 +285,7 @@ def test_a_missing_tar_or_index_is_named(tmp_path: Path) -> None:
         reader_of(path)
     path.unlink()
     with pytest.raises(ArtifactError, match=r"open shard .*00000\.tar"):
-        next(read_shard(open_storage(str(path.parent)), path.name))
+        next(read_shard(LocalStorage(tmp_path), "00000.tar"))
 
 
 def test_every_changed_byte_of_structure_is_noticed(tmp_path: Path) -> None:
