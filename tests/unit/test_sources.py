@@ -28,7 +28,7 @@ def test_one_tar_is_one_unit_and_the_order_of_the_urls_is_kept(tmp_path: Path) -
     write_tars(tmp_path / "a", num_tars=3)
     write_tars(tmp_path / "b", num_tars=2)
     units = plan(tars(f"{tmp_path}/b/*.tar", f"{tmp_path}/a/{{00002,00000}}.tar")).units
-    assert [Path(unit.details).relative_to(tmp_path).as_posix() for unit in units] == [
+    assert [Path(unit.details.url).relative_to(tmp_path).as_posix() for unit in units] == [
         "b/00000.tar",
         "b/00001.tar",
         "a/00002.tar",

@@ -89,7 +89,7 @@ def test_a_missing_field_is_told_with_its_meaning(tmp_path: Path) -> None:
 def test_unions_are_told_by_their_kinds(tmp_path: Path) -> None:
     text = "kind: tokenize\nrun_dir: x\nsource:\n  kind: web_dataset\ntokenizer: {weights: x, network: vq15}\n"
     assert problems(tmp_path, text) == [
-        "spec.yaml:3: source must have kind: one of webdataset, image_folder, got 'web_dataset'; "
+        "spec.yaml:3: source must have kind: one of webdataset, parquet, image_folder, img2dataset, got 'web_dataset'; "
         "did you mean webdataset?",
         "spec.yaml:5: tokenizer.network must be one of vq16, vq8, got 'vq15'; did you mean vq16?",
     ]
