@@ -116,6 +116,13 @@ class _Stream:
         """Return the error that says what is wrong with this tar."""
         return ArtifactError(f"read {self._where}: {problem}; {action}")
 
+    def error_at(self, offset: int, problem: str, *, found: bytes) -> ArtifactError:
+        """Return the error that says what is wrong at a byte offset, where `found` begins, unless all is compressed."""
+        compression = next((name for magic, name in _COMPRESSIONS.items() if found.startswith(magic)), None)
+        if offset > 0 or compression is None:
+            return self.error(problem)
+        return self.error(f"must be an uncompressed tar, got {compression}", action="decompress it before tokenizing")
+
     def _fill(self, num_bytes: int) -> None:
         """Read on until `num_bytes` can be taken; never asks for what a header claims, which may be any number."""
         pieces = [self._buffer[self._next :]]
@@ -123,9 +130,8 @@ class _Stream:
         while num_read < num_bytes:
             piece = self._read()
             if not piece:
-                raise self.error(
-                    f"must be a whole tar and end in zero blocks, got cut short at byte {self.offset + num_read}"
-                )
+                problem = f"must be a whole tar and end in zero blocks, got cut short at byte {self.offset + num_read}"
+                raise self.error_at(self.offset, problem, found=b"".join(pieces))
             pieces.append(piece)
             num_read += len(piece)
         self._buffer_offset += self._next
@@ -155,14 +161,8 @@ def _read_header(stream: _Stream) -> _Header | None:
         return _parse_header(block)
     except ValueError as error:
         offset = stream.offset - TAR_BLOCK_BYTES
-        compression = next((name for magic, name in _COMPRESSIONS.items() if block.startswith(magic)), None)
-        if offset == 0 and compression is not None:
-            raise stream.error(
-                f"must be an uncompressed tar, got {compression}", action="decompress it before tokenizing"
-            ) from error
-        raise stream.error(
-            f"must be an uncompressed tar with a header or zero blocks at byte {offset}, got {error}"
-        ) from error
+        problem = f"must be an uncompressed tar with a header or zero blocks at byte {offset}, got {error}"
+        raise stream.error_at(offset, problem, found=block) from error
 
 
 def _parse_header(block: bytes) -> _Header:
@@ -211,7 +211,10 @@ def _read_extended_header(stream: _Stream, header: _Header) -> _Header:
         while header.kind in _EXTENSION_KINDS:
             if header.size > MAX_EXTENSION_BYTES:
                 raise ValueError(f"{header.size} bytes of it, above {MAX_EXTENSION_BYTES}")
-            for field, value in _extension_fields(header.kind, stream.take(header.size)):
+            data = stream.take(header.size + padding_bytes(header.size))
+            if data[header.size :].strip(b"\0"):  # a size that is too small, where tarfile reads on
+                raise ValueError(f"more than its {header.size} bytes")
+            for field, value in _extension_fields(header.kind, data[: header.size]):
                 if field in fields:
                     raise ValueError(f"two of {field!r}")
                 fields[field] = value

@@ -15,9 +15,10 @@ import pytest
 from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
 
 from pipeline.config import TokenizeConfig
-from pipeline.ledger import verify_shard_set
 from pipeline.local_storage import find_staged
+from pipeline.storage import open_storage
 from pipeline.tokenize import run_tokenize
+from pipeline.verify import verify_shard_set
 
 SCRIPT = Path(__file__).parents[1] / "run_tokenize_job.py"
 NUM_UNITS = 6
@@ -69,7 +70,7 @@ def is_agent(process: psutil.Process) -> bool:
 
 
 def num_records(run_dir: Path) -> int:
-    return len(list(run_dir.glob("ledger/*.json")))
+    return len(list(run_dir.glob("ledger/[0-9]*.json")))
 
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
@@ -88,14 +89,14 @@ def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, 
         driver = start(config, tmp_path)
         wait_until(lambda name=name: MOMENTS[name](run_dir), driver=driver)  # type: ignore[misc]
         left_behind += kill(driver)
-        for path in run_dir.glob("ledger/*.json"):
+        for path in run_dir.glob("ledger/[0-9]*.json"):
             assert files_of(run_dir)[f"shards/{path.stem}.tar"] == files_of(corpus / "whole")[f"shards/{path.stem}.tar"]
     assert 0 < num_records(run_dir) < NUM_UNITS
     driver = start(config, tmp_path)
     assert driver.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()
     assert files_of(run_dir) == files_of(corpus / "whole")
     assert find_staged(run_dir) == []
-    assert verify_shard_set(run_dir) == []
+    assert verify_shard_set(open_storage(str(run_dir))) == []
     # Ray's two agents notice late that their node is gone; whatever could still write must be.
     _, alive = psutil.wait_procs(left_behind, timeout=30)
     assert [process for process in alive if not is_agent(process)] == []
@@ -124,4 +125,4 @@ def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_p
     killer.join(timeout=10)
     assert len(killed) == 1
     assert files_of(run_dir) == files_of(corpus / "whole")
-    assert verify_shard_set(run_dir) == []
+    assert verify_shard_set(open_storage(str(run_dir))) == []

@@ -18,8 +18,8 @@ from jobs.timings import StageTime, add_time, read_timings
 from pipeline.config import RulesConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.rejects import Counts
-from pipeline.shards import ShardSample, ShardWriter, describe_shard, index_path
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, ShardWriter
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.config import TokenizerConfig, ViewsConfig
 from tokenization.tokenizer import Tokenizer
 
@@ -37,7 +37,8 @@ def write_codes(run_dir: Path) -> None:
             metadata = {"source": PICTURES[index].stem, "label": index, "extra": {"class": CLASS_NAMES[index]}}
             metadata["caption"] = f"<picture {index}>"
             writer.add(ShardSample(key=f"0000000{index}", codes_VT=codes[None], metadata=metadata))
-        index_path(path).write_bytes(writer.close())
+        written = writer.close()
+    path.with_name("00000.tar.idx").write_bytes(written.index)
     none: dict[str, int] = {}
     counts = Counts(
         num_read=3, num_written=3, num_dropped=0, num_rejected=0, dropped_by_reason=none, rejected_by_reason=none
@@ -51,10 +52,11 @@ def write_codes(run_dir: Path) -> None:
         num_views=1,
         codes_per_image=64,
         class_names=CLASS_NAMES,
-        shards=[describe_shard(path, name=path.name, num_samples=3)],
+        shards=[written.info(path.name)],
+        poison_units=[],
         totals=counts,
     )
-    write_manifest(run_dir, manifest)
+    write_manifest(open_storage(str(run_dir)), manifest)
 
 
 def write_training(run_dir: Path, *, spec: str, window_size: int) -> None:
