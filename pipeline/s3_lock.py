@@ -75,7 +75,7 @@ def hold_lock(requests: S3Requests, key: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        heartbeat.join()
+        heartbeat.join(timeout=RENEW_S)  # where the server does not answer, it may be amid its attempts
         lock.release()
 
 

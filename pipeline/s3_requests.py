@@ -264,8 +264,9 @@ def classify(error: Exception) -> Fault:
     if isinstance(error, BrokenBodyError):
         return Fault(kind="retry", cause=str(error))
     # What is left of BotoCoreError is a mistake in the request or in the configuration.
-    is_local = isinstance(error, BotoCoreError) and not isinstance(error, (HTTPClientError, IncompleteReadError))
-    return Fault(kind="refused" if is_local else "retry", cause=_named(error))
+    if isinstance(error, BotoCoreError) and not isinstance(error, (HTTPClientError, IncompleteReadError)):
+        return Fault(kind="refused", cause=_named(error))
+    return Fault(kind="retry", cause=type(error).__name__)
 
 
 def _classify_refusal(refusal: ClientError) -> Fault:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -18,6 +17,7 @@ from pipeline.s3_download import head, info_of, receive, receive_all
 from pipeline.s3_lock import hold_lock
 from pipeline.s3_reader import open_reader
 from pipeline.s3_requests import Answer, S3Requests
+from pipeline.s3_staging import remove_dead_directories, staging_directory
 from pipeline.s3_upload import abort_uploads, put, upload
 from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage
 
@@ -80,8 +80,8 @@ class S3Storage(Storage):
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Path]:
         """See `Storage.stage`; the local path is in a directory below TMPDIR."""
-        with tempfile.TemporaryDirectory(prefix="tensorar-stage-") as directory:
-            staged_path = Path(directory) / PurePosixPath(name).name
+        with staging_directory() as directory:
+            staged_path = directory / PurePosixPath(name).name
             yield staged_path
             self.requests.wait(upload(self.requests, self.base + name, staged_path))
 
@@ -91,7 +91,11 @@ class S3Storage(Storage):
             self.requests.wait(self.requests.ask("delete_object", doing="remove", Key=self.base + name))
 
     def remove_staged(self) -> int:
-        """See `Storage.remove_staged`; an upload of another live writer fails then, a failed attempt there."""
+        """See `Storage.remove_staged`: aborts and counts open uploads, removes local files of this machine's dead jobs.
+
+        An upload of a live writer is aborted too, which is a failed attempt there: hold the lock before.
+        """
+        remove_dead_directories()
         return self.requests.wait(abort_uploads(self.requests, self.base))
 
     @contextlib.contextmanager

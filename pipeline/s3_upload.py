@@ -64,8 +64,13 @@ async def upload(requests: S3Requests, key: str, path: Path) -> None:
     try:
         parts = await _send_parts(requests, key, path, upload_id=begun["UploadId"], num_bytes=num_bytes)
         await _complete(requests, key, upload_id=begun["UploadId"], parts=parts, token=token)
-    except BaseException:
+    except BaseException as error:
         await _abort(requests, key, begun["UploadId"])
+        if isinstance(error, S3RefusedError) and error.code == "NoSuchUpload":
+            raise ArtifactError(
+                f"commit s3://{requests.bucket}/{key}: its upload must stay open until it is complete, got "
+                f"{error.code}; another job removed it as a leftover: see that one job writes there, then run again"
+            ) from error
         raise
     await _check_size(requests, key, num_bytes=num_bytes)
 

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 FAULTS = ("slow_down", "internal_error", "lost_answer", "drop_before", "drop_body", "short_body", "delay")
+REFUSALS = {"slow_down": ("SlowDown", "503 Slow Down"), "gone_after": ("NoSuchUpload", "404 Not Found")}
 HOP_HEADERS = ("connection", "expect", "transfer-encoding", "content-length")
 
 
@@ -30,7 +31,9 @@ class FaultPlan:
         rate: share of the requests that are broken, in [0, 1].
         faults: what may happen: `slow_down` (503) and `internal_error` (500) instead of the request; `lost_answer`: the
             request is done and answered with 500; `drop_before`: the connection ends instead; `drop_body`: it ends amid
-            the body; `short_body`: a part of the body under a Content-Length that fits it; `delay`.
+            the body; `short_body`: a part of the body under a Content-Length that fits it; `delay`; and
+            where asked for, `gone_after`: the request is done and answered with 404 NoSuchUpload, as a second
+            completion is.
         operations: only these are broken; all when empty.
         max_faults: so many at most; without a limit when None.
         seed: of the draws.
@@ -47,7 +50,14 @@ class FaultPlan:
 
 @dataclass
 class FaultProxy:
-    """A running proxy and what it saw."""
+    """A running proxy and what it saw.
+
+    Attributes:
+        counts: requests by operation.
+        body_bytes: bytes of the server's answers by operation, those that did not go through included.
+        faults: what was broken, by kind.
+        on_fault: called with the operation after a broken exchange, before its connection ends.
+    """
 
     server_url: str
     plan: FaultPlan
@@ -143,19 +153,25 @@ class _Connection(socketserver.StreamRequestHandler):
         if headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = _read_body(self.rfile, headers)
-        proxy, operation = self.server.proxy, operation_of(method, target)
-        fault = proxy.draw(operation)
-        if fault and proxy.on_fault is not None:
-            proxy.on_fault(operation)
+        operation = operation_of(method, target)
+        fault = self.server.proxy.draw(operation)
+        goes_on = self._pass_on(method, target, headers, body, operation=operation, fault=fault)
+        if fault and self.server.proxy.on_fault is not None:
+            self.server.proxy.on_fault(operation)
+        return goes_on
+
+    def _pass_on(
+        self, method: str, target: str, headers: http.client.HTTPMessage, body: bytes, *, operation: str, fault: str
+    ) -> bool:
         if fault == "drop_before":
             return False
         if fault in ("slow_down", "internal_error"):
             return self._refuse(method, fault)
         if fault == "delay":
-            time.sleep(proxy.plan.delay_s)
-        status, reason, answer_headers, answer = _forward(proxy.server_url, method, target, headers, body)
-        proxy.body_bytes[operation] += len(answer)
-        if fault == "lost_answer":
+            time.sleep(self.server.proxy.plan.delay_s)
+        status, reason, answer_headers, answer = _forward(self.server.proxy.server_url, method, target, headers, body)
+        self.server.proxy.body_bytes[operation] += len(answer)
+        if fault in ("lost_answer", "gone_after"):
             return self._refuse(method, fault)
         return self._answer(method, f"{status} {reason}", answer_headers, answer, fault=fault)
 
@@ -171,7 +187,7 @@ class _Connection(socketserver.StreamRequestHandler):
         return fault != "drop_body"
 
     def _refuse(self, method: str, fault: str) -> bool:
-        code, status = ("SlowDown", "503 Slow Down") if fault == "slow_down" else ("InternalError", "500 Internal")
+        code, status = REFUSALS.get(fault, ("InternalError", "500 Internal Server Error"))
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
         return self._answer(method, status, [("Content-Type", "application/xml")], body, fault="")
 
