@@ -30,7 +30,9 @@ from pipeline.rejects import RULE_STAGE, Reject, count, write_rejects
 from pipeline.shards import ShardInfo, ShardReader, ShardSample, ShardWriter, describe_shard, index_path
 from pipeline.sources import KeyFormat, WorkUnit, modification_mark
 from pipeline.storage import ArtifactError
-from tokenization.crops import ImageRejectedError, decode_image, make_views
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
+from tokenization.image_rejection import ImageRejectedError
 from tokenization.tokenizer import Tokenizer
 
 PREFETCHED_SAMPLES = 16

@@ -16,7 +16,8 @@ from pipeline.shards import read_shard
 from pipeline.sources import plan
 from pipeline.storage import ArtifactError
 from pipeline.worker import UnitTokenizer, broken_rule
-from tokenization.crops import decode_image, make_views
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
 from tokenization.tokenizer import Tokenizer
 
 
