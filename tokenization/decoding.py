@@ -88,7 +88,9 @@ def _reason(error: Exception) -> str:
     text = str(error).lower()
     if any(words in text for words in _UNSUPPORTED_WORDS):
         return "unsupported_mode"
-    return "truncated" if "truncated" in text else "corrupt"
+    # Pillow's header readers run into the end of the data with these.
+    ended = isinstance(error.__cause__ or error, EOFError | IndexError | struct.error)
+    return "truncated" if ended or "truncated" in text else "corrupt"
 
 
 def _opener(data: bytes) -> Callable[..., Image.Image]:

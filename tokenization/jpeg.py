@@ -50,6 +50,9 @@ def open_jpeg(data: bytes, *, max_pixels: int) -> Image.Image:
     """
     image = JpegImageFile(io.BytesIO(data))
     check_num_pixels(image.width, image.height, max_pixels=max_pixels)
+    assert image.fp is not None
+    if not image.tile or data.rfind(b"\xff\xd9", image.fp.tell()) < 0:
+        raise undecodable("truncated", "a JPEG must have pixels and an end, got a file without")
     _check_markers(data)
     image.load()
     _check_end(data, image)
