@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tokenization.codebook import draw_vectors, spherical_kmeans
 from tokenization.config import FitTokenizerConfig
-from tokenization.crops import ImageRejectedError, center_crop, decode_image
+from tokenization.crops import center_crop
+from tokenization.decoding import decode_image
 from tokenization.fingerprint import Fingerprint
 from tokenization.fit_checkpoint import load_newest_checkpoint, save_checkpoint
+from tokenization.image_rejection import ImageRejectedError
 from tokenization.pixels import to_network_range
 from tokenization.reconstruction import EVALUATION_BATCH, Evaluation, evaluate_reconstruction, reconstruction_loss
 from tokenization.vq import VQNetwork

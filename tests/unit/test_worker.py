@@ -15,7 +15,8 @@ from pipeline.shards import read_shard
 from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError, open_storage
 from pipeline.worker import UnitTokenizer
-from tokenization.crops import decode_image, make_views
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
 from tokenization.tokenizer import Tokenizer
 
 
