@@ -115,6 +115,7 @@ def write_report(run_root: Path, *, data_root: Path) -> Path:
         strips=_strips(run_root, pictures["tensorar"]),
         tensorar=pictures["tensorar"],
         window_size=runs["tensorar"].spec["model"]["window_size"],
+        num_extra_steps=runs["tensorar"].spec["num_steps"],
         times=_times(run_root, runs, pictures),
         files=_files(run_root, data_root),
         run_root=run_root,
@@ -249,7 +250,8 @@ def _rate(count: int, seconds_s: float | None, unit: str) -> str:
 
 
 def _minutes(seconds_s: float) -> str:
-    return f"{seconds_s:.1f} s" if seconds_s < 60 else f"{int(seconds_s // 60)} min {seconds_s % 60:02.0f} s"
+    minutes, seconds = divmod(round(seconds_s), 60)
+    return f"{seconds_s:.1f} s" if seconds_s < 59.95 else f"{minutes} min {seconds:02d} s"
 
 
 def _files(run_root: Path, data_root: Path) -> list[dict[str, str]]:
