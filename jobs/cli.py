@@ -185,8 +185,9 @@ def _is_for_users(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     """The message; of the operating system's own errors, in our form."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"open {error.filename}: {error.strerror.lower()}; check the path, its permissions and the free space"
+    if isinstance(error, OSError) and error.strerror is not None:
+        doing = "write or read a file" if error.filename is None else f"open {error.filename}"
+        return f"{doing}: {error.strerror.lower()}; check the path, its permissions and the free space"
     return str(error)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs.cli import _command, _outcome, main
+from jobs.cli import _command, _outcome, _told, main
 from jobs.run import remember_spec, run_spec
 from jobs.spec import load_spec, shipped_spec
 from pipeline.local_storage import exclusive
@@ -205,3 +205,9 @@ def test_demo_tells_the_problems_of_all_stages_as_they_were_typed(tmp_path: Path
         "--set base.num_stepz=1: num_stepz",
         "--set sample_base.sede=2: sede",
     ]
+
+
+def test_a_full_disk_is_told_in_our_form() -> None:
+    assert _told(OSError(28, "No space left on device")) == (
+        "write or read a file: no space left on device; check the path, its permissions and the free space"
+    )
