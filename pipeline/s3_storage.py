@@ -18,7 +18,7 @@ from pipeline.s3_lock import hold_lock
 from pipeline.s3_reader import open_reader
 from pipeline.s3_requests import Answer, S3Requests
 from pipeline.s3_staging import remove_dead_directories, staging_directory
-from pipeline.s3_upload import abort_uploads, put, upload
+from pipeline.s3_upload import abort_uploads, find_uploads, put, upload
 from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}")
@@ -89,6 +89,11 @@ class S3Storage(Storage):
         """See `Storage.remove`."""
         with contextlib.suppress(FileNotFoundError):
             self.requests.wait(self.requests.ask("delete_object", doing="remove", Key=self.base + name))
+
+    def find_staged(self) -> tuple[str, ...]:
+        """See `Storage.find_staged`: the names of open uploads."""
+        uploads = self.requests.wait(find_uploads(self.requests, self.base))
+        return tuple(sorted(upload["Key"].removeprefix(self.base) for upload in uploads))
 
     def remove_staged(self) -> int:
         """See `Storage.remove_staged`: aborts and counts open uploads, removes local files of this machine's dead jobs.

@@ -77,14 +77,19 @@ async def upload(requests: S3Requests, key: str, path: Path) -> None:
 
 async def abort_uploads(requests: S3Requests, prefix: str) -> int:
     """Abort the open uploads of all keys that start with `prefix` and return how many there were."""
+    uploads = await find_uploads(requests, prefix)
+    return sum(await all_of(_abort(requests, upload["Key"], upload["UploadId"]) for upload in uploads))
+
+
+async def find_uploads(requests: S3Requests, prefix: str) -> list[dict[str, Any]]:
+    """Return the open uploads of all keys that start with `prefix`: dictionaries with `Key` and `UploadId`."""
     marker: dict[str, str] = {}
-    num_aborted = 0
+    uploads: list[dict[str, Any]] = []
     while True:
         page = await requests.ask("list_multipart_uploads", doing="list uploads of", Prefix=prefix, **marker)
-        uploads = [upload for upload in page.get("Uploads", ()) if upload["Key"].startswith(prefix)]
-        num_aborted += sum(await all_of(_abort(requests, found["Key"], found["UploadId"]) for found in uploads))
+        uploads += [upload for upload in page.get("Uploads", ()) if upload["Key"].startswith(prefix)]
         if not page.get("IsTruncated"):
-            return num_aborted
+            return uploads
         marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 

@@ -1,9 +1,11 @@
-"""Fixtures shared by all tests; its presence also puts tests/ on the path, for `synthetic_shards`."""
+"""Fixtures for all tests and the rule of the `gpu` marker; the file's presence also puts tests/ on the path."""
 
+import os
 import secrets
 from collections.abc import Iterator
 
 import pytest
+import torch
 from s3_server import S3Server, running_s3_server
 
 
@@ -22,3 +24,12 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.variables.items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server.bucket}/test-{secrets.token_hex(6)}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a `gpu` test on a machine without a CUDA device; fail it under REQUIRE_GPU=1."""
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("REQUIRE_GPU") == "1":
+        pytest.fail("REQUIRE_GPU=1, but torch sees no CUDA device")
+    pytest.skip("needs a CUDA device")

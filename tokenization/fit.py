@@ -65,7 +65,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Path:
     fit = Fit(config, train_NHWC)
     checkpoint = load_newest_checkpoint(run_dir / "checkpoints", config=config)
     if checkpoint is not None:
-        fit.restore(*checkpoint)
+        fit.resume(*checkpoint)
     log.info("event=fit_begin step=%d num_steps=%d images=%d", fit.step, config.num_steps, len(train_NHWC))
     begin_s = time.monotonic()
     while fit.step < config.num_steps:
@@ -151,7 +151,7 @@ class Fit:
                 state[f"optimizer.{moment}.{name}"] = value
         return state
 
-    def restore(self, step: int, state: dict[str, Tensor]) -> None:
+    def resume(self, step: int, state: dict[str, Tensor]) -> None:
         """Take up the state that `state()` returned after `step` steps."""
         self.step = step
         self.network.load_state_dict(_with_prefix(state, "network."))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jobs.charts import curves_of, limits_of, loss_chart
 from jobs.pictures import Pair
-from jobs.report import write_report
+from jobs.report import _minutes, write_report
 from jobs.run import remember_spec
 from jobs.spec import load_spec, shipped_spec
 from jobs.timings import StageTime, add_time, read_timings
@@ -167,3 +167,13 @@ def test_psnr_of_a_pair() -> None:
     black = np.zeros((2, 2, 3), dtype=np.uint8)
     pair = Pair(source="a", caption="a", class_name="c", original_HWC=black, decoded_HWC=black + 51)
     assert pair.psnr_db == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
+
+
+def test_times_are_rounded_before_they_are_split_into_minutes() -> None:
+    assert [_minutes(seconds_s) for seconds_s in (0.04, 59.94, 59.96, 119.7, 125.4)] == [
+        "0.0 s",
+        "59.9 s",
+        "1 min 00 s",
+        "2 min 00 s",
+        "2 min 05 s",
+    ]
