@@ -171,8 +171,9 @@ def test_an_error_of_the_operating_system_names_the_path_and_what_to_check(tmp_p
     (tmp_path / "file").write_text("")
     result = call("run", str(shipped_spec("train_base")), "--set", f"run_dir={tmp_path / 'file'}")
     assert result.exit_code == 1
-    assert result.stderr == (
-        f"error: open {tmp_path / 'file'}: file exists; check the path, its permissions and the free space\n"
+    place = tmp_path / "file" / "spec.json"
+    assert (
+        result.stderr == f"error: open {place}: not a directory; check the path, its permissions and the free space\n"
     )
 
 
