@@ -152,6 +152,7 @@ class _Job:
                     live.show(event)
                     status.write(event, samples_per_s=live.samples_per_s, eta_s=live.eta_s)
             ledger.gather()
+        storage.remove_staged()  # of workers that were killed
         return poison
 
     def _set_aside(self, poison: Poison, *, plan: Plan) -> None:
