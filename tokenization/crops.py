@@ -59,7 +59,7 @@ def _center_crop(image: Image.Image, size_px: int) -> _Placed:
             detail=f"sides must differ at most {MAX_ASPECT_RATIO} times, got {image.width} * {image.height}",
         )
     while min(image.size) >= 2 * size_px:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+        image = _halve(image)
     scale = size_px / min(image.size)
     size = round(image.width * scale), round(image.height * scale)
     if size != image.size:
@@ -69,6 +69,15 @@ def _center_crop(image: Image.Image, size_px: int) -> _Placed:
     if size != (size_px, size_px):
         image = image.crop((left, top, left + size_px, top + size_px))
     return _Placed(image, left, top, width / source_width, height / source_height)
+
+
+def _halve(image: Image.Image) -> Image.Image:
+    """Return the image at half its size by box filter, as `resize` makes it; of most images by a faster way."""
+    # Averaging pairs of columns, then of rows, is what the box filter does to even sides, in half the time. It rounds
+    # in between, so the order matters, and on images more than twice as high as wide resize takes the rows first.
+    if image.width % 2 == 0 and image.height % 2 == 0 and image.height <= 2 * image.width:
+        return image.reduce((2, 1)).reduce((1, 2))
+    return image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
 
 
 def center_crop(image: Image.Image, size_px: int) -> Image.Image:

@@ -48,6 +48,8 @@ _LAYOUTS = {
     (16, _RGB_ALPHA): ("RGBA", "RGBA;16B"),
 }
 
+_Chunks = dict[bytes, bytes | memoryview]
+
 
 class _Header(NamedTuple):
     """What the rest of the file depends on."""
@@ -97,10 +99,11 @@ def _read_header(data: bytes) -> _Header:
     return _Header(width, height, depth, colour, interlace)
 
 
-def _read_chunks(data: bytes) -> dict[bytes, bytes]:
+def _read_chunks(data: bytes) -> _Chunks:
     """Return the bodies of the chunks that matter, checksums checked; IDAT is joined, and empty if there is none."""
-    pixels: list[bytes] = []
-    chunks: dict[bytes, bytes] = {}
+    view = memoryview(data)
+    pixels: list[memoryview] = []
+    chunks: _Chunks = {}
     begin, end = _HEADER_END, len(data)
     while begin + 8 <= end:
         length, kind = _CHUNK.unpack_from(data, begin)
@@ -108,10 +111,10 @@ def _read_chunks(data: bytes) -> dict[bytes, bytes]:
         if kind in _CHUNKS_OF_PIXELS:
             if stop + 4 > end:
                 raise undecodable("truncated", f"every PNG chunk must be whole, got {kind!r} cut by the file's end")
-            if zlib.crc32(data[begin + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
+            if zlib.crc32(view[begin + 4 : stop]) != int.from_bytes(data[stop : stop + 4], "big"):
                 raise undecodable("corrupt", f"the checksum of every PNG chunk must fit, got a wrong one of {kind!r}")
             if kind == b"IDAT":
-                pixels.append(data[begin + 8 : stop])
+                pixels.append(view[begin + 8 : stop])
             else:
                 chunks[kind] = data[begin + 8 : stop]
         elif kind == b"eXIf":
@@ -124,7 +127,7 @@ def _read_chunks(data: bytes) -> dict[bytes, bytes]:
     return chunks
 
 
-def _unpack(header: _Header, mode: str, layout: str, compressed: bytes) -> Image.Image:
+def _unpack(header: _Header, mode: str, layout: str, compressed: bytes | memoryview) -> Image.Image:
     last = header.width - 1, header.height - 1
     image = Image.new(mode, (header.width, header.height), _UNSET)
     unset = image.getpixel(last)
@@ -139,7 +142,7 @@ def _unpack(header: _Header, mode: str, layout: str, compressed: bytes) -> Image
     return image
 
 
-def _check_num_bytes(header: _Header, compressed: bytes) -> None:
+def _check_num_bytes(header: _Header, compressed: bytes | memoryview) -> None:
     bits = header.depth * _CHANNELS[header.colour]
     missing = 0
     for left, top, step_x, step_y in _PASSES if header.interlace else _ONE_PASS:
@@ -153,7 +156,7 @@ def _check_num_bytes(header: _Header, compressed: bytes) -> None:
         raise undecodable("truncated", f"a PNG's zlib data must hold all its rows, got {missing} bytes too few")
 
 
-def _apply_palette(indices: Image.Image, chunks: dict[bytes, bytes]) -> Image.Image:
+def _apply_palette(indices: Image.Image, chunks: _Chunks) -> Image.Image:
     """Return the RGB image, transparent entries already on white, which is the same as blending every pixel."""
     colours = np.frombuffer(chunks.get(b"PLTE", b"")[: 256 * 3], dtype=np.uint8)
     highest = int(np.asarray(indices).max())
@@ -168,7 +171,7 @@ def _apply_palette(indices: Image.Image, chunks: dict[bytes, bytes]) -> Image.Im
     return indices.convert("RGB")
 
 
-def _scale_to_8_bits(image: Image.Image, header: _Header, chunks: dict[bytes, bytes]) -> Image.Image:
+def _scale_to_8_bits(image: Image.Image, header: _Header, chunks: _Chunks) -> Image.Image:
     """Return a grey or RGB image at 8 bits, with an alpha channel where the file names a transparent colour."""
     depth, channels = header.depth, _CHANNELS[header.colour]
     key = chunks.get(b"tRNS")

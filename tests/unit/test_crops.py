@@ -37,6 +37,14 @@ def test_boxes_show_where_the_pixels_came_from() -> None:
         np.testing.assert_array_equal(view, region[:, ::-1] if box["flipped"] else region)
 
 
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (32, 66), (46, 40), (37, 50), (50, 37), (61, 33)])
+@pytest.mark.parametrize("seed", range(5))
+def test_halving_is_pillows_box_filter(width: int, height: int, seed: int) -> None:
+    image = noise_image(width, height, seed=seed)
+    halved = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+    assert center_crop(image, 16).tobytes() == center_crop(halved, 16).tobytes()
+
+
 def test_boxes_are_in_pixels_of_the_source() -> None:
     views = make_views(noise_image(200, 100), config=ViewsConfig(kind="center"), image_size_px=25)
     assert views.boxes == ({"box_px": (48.0, 0.0, 148.0, 100.0), "flipped": False},)
