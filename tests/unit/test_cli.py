@@ -212,3 +212,14 @@ def test_a_full_disk_is_told_in_our_form() -> None:
     assert _told(OSError(28, "No space left on device")) == (
         "write or read a file: no space left on device; check the path, its permissions and the free space"
     )
+
+
+def test_one_torchrun_at_a_time_may_write_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [f"run_dir={tmp_path / 'run'}", "cluster.launcher=torchrun"]
+    spec = load_spec(shipped_spec("train_base"), overrides)
+    monkeypatch.setenv("RANK", "0")
+    with exclusive(tmp_path / "run"), pytest.raises(ArtifactError, match="one job at a time may write a directory"):
+        run_spec(spec)
+    monkeypatch.setenv("RANK", "1")  # the first rank holds the lock for all
+    with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="join ranks: "):
+        run_spec(spec)
