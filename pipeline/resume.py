@@ -116,7 +116,7 @@ def find_finished(
             if reason is None:
                 doubtful.append(record)
                 continue
-        _redo(ledger, stem, reason=str(reason))
+        _redo(ledger, stem, plan=plan, reason=str(reason))
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
         if unit.fingerprint in inputs_when_retried.get(stem, ()):
@@ -131,13 +131,13 @@ def find_finished(
                 "retried; use another run_dir or undo the change"
             )
         else:
-            _redo(ledger, stem, reason=reason)
+            _redo(ledger, stem, plan=plan, reason=reason)
     committed = {plan.keys.stem(unit.unit_index) for unit in plan.units if unit.unit_index in tally}
     return Found(tally=tally, uncommitted=tuple(name for name in files if stem_of(name) not in committed))
 
 
-def _redo(ledger: Ledger, stem: str, *, reason: str) -> None:
-    logger.warning("unit %s is done again: %s", stem, reason)
+def _redo(ledger: Ledger, stem: str, *, plan: Plan, reason: str) -> None:
+    logger.warning("unit %d (%s) is done again: %s", int(stem), plan.units[int(stem)].name, reason)
     ledger.forget(stem)
 
 
