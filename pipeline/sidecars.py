@@ -2,8 +2,8 @@
 
 The invariant: they are a function of the manifest alone, are written just before it, and so cost O(shards) and have the
 same bytes on every rerun. Energon (layout of 7.4) opens `.nv-meta/` with the `.tar.idx` beside each shard; its
-`index.sqlite`, a line for every sample (170 bytes: 170 GB at 10^9 samples), is left out: only joins and lookups by key
-read it, and `energon prepare --force-overwrite` adds it. wids opens `shardindex.json`; it reads no `md5sum`.
+`index.sqlite`, 210 bytes for every sample, is left out (210 GB at 10^9): only joins and lookups by key read it, and
+`energon prepare --force-overwrite` adds it. wids opens `shardindex.json` and never looks at the `md5sum` it may hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.ledger import Manifest
 from pipeline.storage import Storage
 
 ENERGON_VERSION = "7.4.1"
-"""The release that our `.nv-meta/` is tested with; `energon info` shows it."""
+"""The release that our `.nv-meta/` follows and is tested with."""
 ENERGON_INFO = ".nv-meta/.info.json"
 ENERGON_SPLIT = ".nv-meta/split.yaml"
 ENERGON_DATASET = ".nv-meta/dataset.yaml"
@@ -39,7 +39,7 @@ def write_sidecars(storage: Storage, manifest: Manifest) -> None:
 
 
 def remove_sidecars(storage: Storage) -> None:
-    """Remove the sidecars, the one that marks the set as readable first: shards are about to be replaced."""
+    """Remove the sidecars, the one that marks the set as prepared first; for when shards are about to be replaced."""
     for name in (ENERGON_INFO, ENERGON_SPLIT, ENERGON_DATASET, WIDS_INDEX):
         storage.remove(name)
 
@@ -100,7 +100,7 @@ def _brace_pattern(first: str, last: str) -> str:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(value) + "\n").encode()
 
 
 def _yaml(value: dict[str, Any]) -> bytes:
