@@ -216,17 +216,18 @@ class LocalStorage(Storage):
 def _scan(directory: Path, *, prefix: str, start: str = "") -> Iterator[tuple[str, FileInfo]]:
     """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out."""
     try:
-        entries = list(os.scandir(directory))
+        entries = os.scandir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return
-    for entry in entries:
-        if entry.name.startswith(".") or not entry.name.startswith(start):
-            continue
-        if entry.is_dir():
-            yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
-        else:
-            with contextlib.suppress(FileNotFoundError):  # removed in between
-                yield prefix + entry.name, _info(entry.stat())
+    with entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.name.startswith(start):
+                continue
+            if entry.is_dir():
+                yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
+            else:
+                with contextlib.suppress(FileNotFoundError):  # removed in between
+                    yield prefix + entry.name, _info(entry.stat())
 
 
 def _info(status: os.stat_result) -> FileInfo:

@@ -99,7 +99,8 @@ def find_finished(
     Raises:
         ArtifactError: a record speaks of another input file or tokenizer than the plan does.
     """
-    files = storage.list("shards/") | storage.list("rejects/")
+    files = storage.list("shards/")
+    files.update(storage.list("rejects/"))
     tally, doubtful = Tally(), list[LedgerRecord]()
     inputs_when_retried: dict[str, set[str]] = {}
     for stem, record in ledger.records():
@@ -133,8 +134,12 @@ def find_finished(
             )
         else:
             _redo(ledger, stem, plan=plan, reason=reason)
-    committed = {plan.keys.stem(unit.unit_index) for unit in plan.units if unit.unit_index in tally}
-    return Found(tally=tally, uncommitted=tuple(name for name in files if stem_of(name) not in committed))
+    return Found(tally=tally, uncommitted=tuple(name for name in files if not _is_of_tally(name, tally)))
+
+
+def _is_of_tally(name: str, tally: Tally) -> bool:
+    stem = stem_of(name)
+    return stem.isdigit() and int(stem) in tally
 
 
 def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
