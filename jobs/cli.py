@@ -7,7 +7,9 @@ Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong.
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from jobs.run import run_spec
-from jobs.spec import Spec, SpecError, load_spec
+from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
 from pipeline.storage import open_storage
 
@@ -57,7 +59,7 @@ class _Commands(click.Group):
         except Exception as error:
             if debug or not _is_for_users(error):
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_told(error)}", err=True)
             ctx.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from here", err=True)
@@ -99,7 +101,7 @@ def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
         from pipeline.progress import summary_table  # noqa: PLC0415  (imports numpy)
 
         Console().print(summary_table(result))
-    click.echo(_outcome(spec, result))
+    click.echo(_outcome(spec, result, command=_command(spec_path, overrides)))
 
 
 @main.command()
@@ -203,22 +205,40 @@ def report(*, run_root: Path, data_root: Path) -> None:
     click.echo(f"report: {write_report(run_root, data_root=data_root)}")
 
 
-def _outcome(spec: Spec, result: Any) -> str:
+def _command(spec_path: Path | str, overrides: Sequence[str]) -> str:
+    """The command line that runs a spec."""
+    return shlex.join(["tensorar", "run", str(spec_path), *(word for value in overrides for word in ("--set", value))])
+
+
+def _outcome(spec: Spec, result: Any, *, command: str) -> str:
     """What a run made and a command to go on with."""
     if spec.kind == "fit_tokenizer":
         return f"weights: {result}\nnext:    set tokenizer.weights to that path in a tokenize spec"
     if spec.kind == "tokenize":
         return f"shards: {spec.run_dir} ({result.num_samples} samples)\nnext:   tensorar preview {spec.run_dir}"
     if spec.kind == "train":
-        flags = f"--set weights={spec.run_dir} --set run_dir={spec.run_dir}-samples"
-        return f"run:  {spec.run_dir}\nnext: tensorar run jobs/specs/sample_base.yaml {flags}"
-    flags = f"--set run_dir={spec.run_dir}-2 --set seed={spec.seed + 1}"
-    return f"pictures: {spec.run_dir}/grid.png\nnext:     tensorar run the same spec with {flags}"
+        path = shipped_spec("sample_base" if spec.model.window_size == 1 else "sample_tensorar")
+        overrides = [f"weights={spec.run_dir}", f"run_dir={spec.run_dir}-samples"]
+        return f"run:  {spec.run_dir}\nnext: {_command(from_here(path), overrides)}"
+    flags = shlex.join(["--set", f"run_dir={spec.run_dir}-2", "--set", f"seed={spec.seed + 1}"])
+    return f"pictures: {spec.run_dir}/grid.png\nnext:     {command} {flags}"
 
 
 def _is_for_users(error: Exception) -> bool:
     """Whether the message alone says what to do: our own errors, and the ValueErrors of configs and pure functions."""
-    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OUR_PACKAGES
+    # FloatingPointError: a loss that is no longer finite, which ends a rank of torchrun.
+    return (
+        isinstance(error, ValueError | OSError | FloatingPointError)
+        or type(error).__module__.split(".")[0] in OUR_PACKAGES
+    )
+
+
+def _told(error: Exception) -> str:
+    """The message; of the operating system's own errors, in our form."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        doing = "write or read a file" if error.filename is None else f"open {error.filename}"
+        return f"{doing}: {error.strerror.lower()}; check the path, its permissions and the free space"
+    return str(error)
 
 
 def _set_up_logging(*, debug: bool) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from jobs.open_emoji import build_open_emoji
 from jobs.report import write_report
 from jobs.run import SPEC_NAME, run_spec
-from jobs.spec import Spec, SpecError, load_spec, shipped_spec
+from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from jobs.timings import add_time
 from pipeline.local_storage import exclusive
 from pipeline.preview import write_preview
@@ -67,8 +67,7 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
         FetchError: the corpus cannot be fetched.
         ArtifactError: a directory holds a run of another spec.
     """
-    _check_names(overrides)
-    specs = {stage.name: _spec(stage, run_root, data_root, overrides) for stage in STAGES}
+    specs = _specs(run_root, data_root, overrides)
     corpus = data_root / "open-emoji"
     progress = _Progress(console=Console(highlight=False), run_root=run_root, begin_s=time.monotonic())
     with exclusive(run_root):
@@ -78,7 +77,7 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
             spec = specs[stage.name]
             is_new = not (Path(spec.run_dir) / SPEC_NAME).exists()
             with progress.stage(stage.name, stage.title, is_new=is_new):
-                progress.console.print(f"spec: jobs/specs/{stage.spec}.yaml", style="dim")
+                progress.console.print(f"spec: {from_here(shipped_spec(stage.spec))}", style="dim", soft_wrap=True)
                 result = run_spec(spec)
                 if spec.kind == "tokenize":
                     progress.console.print(summary_table(result))
@@ -116,6 +115,21 @@ class _Progress:
         self.console.print(f"[green]done[/green] in {seconds_s:.1f} s; {self.elapsed_s:.0f} s since the start")
 
 
+def _specs(run_root: Path, data_root: Path, overrides: Sequence[str]) -> dict[str, Spec]:
+    """The spec of each stage; raises SpecError with the problems of all."""
+    problems = _wrong_names(overrides)
+    specs: dict[str, Spec] = {}
+    for stage in STAGES:
+        try:
+            specs[stage.name] = _spec(stage, run_root, data_root, overrides)
+        except SpecError as error:
+            # As it was typed: the stage's own loader sees the override without the stage.
+            problems.extend(problem.replace("--set ", f"--set {stage.name}.", 1) for problem in error.problems)
+    if problems:
+        raise SpecError(problems)
+    return specs
+
+
 def _spec(stage: Stage, run_root: Path, data_root: Path, overrides: Sequence[str]) -> Spec:
     path = shipped_spec(stage.spec)
     moved = _moved(json.loads(load_spec(path).model_dump_json()), run_root=run_root, data_root=data_root)
@@ -145,12 +159,10 @@ def _moved_path(value: Any, *, run_root: Path, data_root: Path) -> Any:
     return value
 
 
-def _check_names(overrides: Sequence[str]) -> None:
+def _wrong_names(overrides: Sequence[str]) -> list[str]:
     names = [stage.name for stage in STAGES]
-    wrong = [override for override in overrides if override.split(".", 1)[0] not in names]
-    if wrong:
-        rule = f"an override must begin with a stage, one of {', '.join(names)}"
-        raise SpecError([f"--set {override}: {rule}" for override in wrong])
+    rule = f"an override must begin with a stage, one of {', '.join(names)}"
+    return [f"--set {override}: {rule}" for override in overrides if override.split(".", 1)[0] not in names]
 
 
 def _farewell(progress: _Progress, report: Path) -> None:
@@ -158,7 +170,7 @@ def _farewell(progress: _Progress, report: Path) -> None:
     console.rule(f"[bold]the demo took {progress.elapsed_s:.0f} s", align="left")
     # `make demo` calls the command by its path; what is printed must work in the same shell.
     command = "tensorar" if shutil.which("tensorar") else sys.argv[0]
-    sample = f"{command} run jobs/specs/sample_tensorar.yaml"
+    sample = f"{command} run {from_here(shipped_spec('sample_tensorar'))}"
     paths = f"--set weights={run_root}/tensorar --set run_dir={run_root}/samples-2"
     console.print(f"report: {report.resolve()}", soft_wrap=True)
     console.print("next, try:")

@@ -13,8 +13,11 @@ import secrets
 import shutil
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import ray
 
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig
@@ -50,15 +53,18 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
         LaunchError: a rank failed; the message holds its error.
         ArtifactError: the run's checkpoints are all damaged, or another job works in its run_dir.
     """
-    if config.cluster.launcher == "torchrun":
-        _exit_as_rank(train(config))
     run_dir = local_path(config.run_dir).resolve()
+    if config.cluster.launcher == "torchrun":
+        with exclusive(run_dir) if os.environ.get("RANK") == "0" else nullcontext():
+            _exit_as_rank(train(config))
     with exclusive(run_dir):
         finished = newest_whole_checkpoint(run_dir)
         if finished is not None and step_of_checkpoint(finished) >= config.num_steps:
             logger.info("run %s is finished: step=%d", run_dir, step_of_checkpoint(finished))
             return TrainResult(step=step_of_checkpoint(finished), is_finished=True, checkpoint=finished)
         with ray_session(config.cluster):
+            if config.cluster.address == "local":
+                check_gpus(config.cluster, num_gpus=ray.cluster_resources().get("GPU", 0.0))
             fit = _Fit(config, run_dir=run_dir)
             if progress:
                 follow_metrics(config, until=fit.is_over)
@@ -82,6 +88,20 @@ def worker_variables(config: ClusterConfig) -> dict[str, str]:
         variables["DS_ACCELERATOR"] = "cpu"
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
+
+
+def check_gpus(cluster: ClusterConfig, *, num_gpus: float) -> None:
+    """Check that the ranks of an embedded session find their GPUs: Ray would wait for more of them for ever.
+
+    Raises:
+        LaunchError: this machine has fewer.
+    """
+    needed = cluster.num_workers * cluster.gpus_per_worker
+    if needed > num_gpus:
+        raise LaunchError(
+            f"start {cluster.num_workers} ranks: cluster.num_workers * cluster.gpus_per_worker must be at most this "
+            f"machine's {num_gpus:g} GPUs, got {needed:g}; lower one of them, or join a cluster with cluster.address"
+        )
 
 
 def _exit_as_rank(result: TrainResult) -> NoReturn:

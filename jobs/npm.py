@@ -94,7 +94,7 @@ def _download(packages: list[NpmPackage], *, download_dir: Path) -> None:
         try:
             npm = _npm_command(Path(staging))
             log.info("fetching packages=%s", ",".join(package.spec for package in packages))
-            command = [*npm, "pack", "--silent", *(package.spec for package in packages)]
+            command = [*npm, "pack", "--loglevel=error", *(package.spec for package in packages)]
             _run(command, cwd=Path(staging))
         except (OSError, subprocess.SubprocessError) as error:
             raise FetchError(_offline_advice(packages, download_dir=download_dir, error=error)) from error
@@ -129,8 +129,9 @@ def _check(path: Path, *, package: NpmPackage) -> None:
 
 
 def _offline_advice(packages: list[NpmPackage], *, download_dir: Path, error: Exception) -> str:
-    stderr = (getattr(error, "stderr", None) or "").strip().splitlines()
-    reason = stderr[-1] if stderr else str(error).splitlines()[0]
+    lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines() if line.strip()]
+    # npm ends with advice and the place of its log; the cause stands where a request failed.
+    reason = next((line for line in lines if "reason: " in line), lines[-1] if lines else str(error).splitlines()[0])
     commands = f"npm pack {' '.join(package.spec for package in packages)}"
     return (
         f"fetching {len(packages)} npm packages: the registry must be reachable through npm, got {reason!r}; "

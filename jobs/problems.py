@@ -6,6 +6,7 @@ Pure: no files, no YAML. A problem names the field, the rule and the value; the 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -71,6 +72,24 @@ def without_unknown(data: dict[str, Any], problems: list[Problem]) -> dict[str, 
     return copy
 
 
+def truth_values(given: Any, *, taken: Any, path: KeyPath = ()) -> Iterator[Problem]:
+    """Problems of each true or false in a valid spec that pydantic took for 1 or 0.
+
+    Args:
+        given: The data of the spec, or what is at `path` in it.
+        taken: What the validated config holds there.
+        path: Where.
+    """
+    if isinstance(given, dict):
+        for key, inner in given.items():
+            yield from truth_values(inner, taken=taken[key], path=(*path, key))
+    elif isinstance(given, list):
+        for index, inner in enumerate(given):
+            yield from truth_values(inner, taken=taken[index], path=(*path, index))
+    elif isinstance(given, bool) and not isinstance(taken, bool):
+        yield Problem(path, f"{'.'.join(map(str, path))} must be a number, got {given!r}; write it in digits")
+
+
 def closest(word: str, choices: list[str]) -> str:
     """`; did you mean X?` for the choice nearest to a word, or nothing."""
     found = _nearest(word, choices)
@@ -120,14 +139,19 @@ def _rule(kind: str, value: Any, context: dict[str, Any], *, message: str) -> st
         return "must be a group of fields with a kind" + ("" if isinstance(value, dict) else f", got {quoted(value)}")
     if kind in _BOUND_WORDS:
         word, name = _BOUND_WORDS[kind]
-        return f"must be {word} {context[name]:g}, got {quoted(value)}"
-    if kind in ("too_long", "too_short"):
-        count = context.get("max_length", context.get("min_length"))
-        return f"must have {count} values, got {context['actual_length']}"
+        return f"must be {word} {_number(context[name])}, got {quoted(value)}"
+    if kind == "too_long":
+        return f"must have at most {context['max_length']} values, got {context['actual_length']}"
+    if kind == "too_short":
+        return f"must have at least {context['min_length']} values, got {context['actual_length']}"
     for prefix, words in _TYPE_WORDS.items():
         if kind.startswith(prefix):
             return f"must be {words}, got {quoted(value)}"
     return f"is wrong: {message[:1].lower()}{message[1:]}, got {quoted(value)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _unknown(path: KeyPath, *, dotted: str, owner: type[BaseModel] | None) -> Problem:

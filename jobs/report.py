@@ -115,6 +115,7 @@ def write_report(run_root: Path, *, data_root: Path) -> Path:
         strips=_strips(run_root, pictures["tensorar"]),
         tensorar=pictures["tensorar"],
         window_size=runs["tensorar"].spec["model"]["window_size"],
+        num_extra_steps=runs["tensorar"].spec["num_steps"],
         times=_times(run_root, runs, pictures),
         files=_files(run_root, data_root),
         run_root=run_root,
@@ -203,20 +204,20 @@ def _classes(run_root: Path, pictures: dict[str, Pictures]) -> list[dict[str, An
 
 
 def _strips(run_root: Path, pictures: Pictures) -> list[dict[str, Any]]:
-    """Rows of the refinement strip: the class, and the pictures from first drafts to kept codes."""
+    """Lines of the refinement strip: the class, and the pictures from first drafts to kept codes."""
     if pictures.record.get("strip") is None:
         return []
     names = read_manifest(open_storage(str(run_root / "codes"))).class_names or []
     strip = np.asarray(Image.open(pictures.directory / pictures.record["strip"]).convert("RGB"))
     side = pictures.images_NHWC.shape[1]
     step = side + GAP_PX
-    rows = []
+    lines = []
     for index, sample_index in enumerate(pictures.record["strip_sample_indices"]):
         label = pictures.record["labels"][sample_index]
-        line = strip[index * step : index * step + side]
-        uris = [data_uri(line[:, left : left + side]) for left in range(0, line.shape[1], step)]
-        rows.append({"name": names[label] if label < len(names) else f"class {label}", "uris": uris})
-    return rows
+        pixels = strip[index * step : index * step + side]
+        uris = [data_uri(pixels[:, left : left + side]) for left in range(0, pixels.shape[1], step)]
+        lines.append({"name": names[label] if label < len(names) else f"class {label}", "uris": uris})
+    return lines
 
 
 def _times(run_root: Path, runs: dict[str, Run], pictures: dict[str, Pictures]) -> list[dict[str, str]]:
@@ -249,7 +250,8 @@ def _rate(count: int, seconds_s: float | None, unit: str) -> str:
 
 
 def _minutes(seconds_s: float) -> str:
-    return f"{seconds_s:.1f} s" if seconds_s < 60 else f"{int(seconds_s // 60)} min {seconds_s % 60:02.0f} s"
+    minutes, seconds = divmod(round(seconds_s), 60)
+    return f"{seconds_s:.1f} s" if seconds_s < 59.95 else f"{minutes} min {seconds:02d} s"
 
 
 def _files(run_root: Path, data_root: Path) -> list[dict[str, str]]:

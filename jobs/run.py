@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from jobs.spec import Spec
 from pipeline.config import TokenizeConfig
-from pipeline.local_storage import local_path
+from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
@@ -22,11 +23,33 @@ SPEC_NAME = "spec.json"
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),
-    "tokenize": ("cluster", "max_attempts", "max_poison_units", "max_rejected_fraction", "s3"),
+    "tokenize": (
+        "cluster",
+        "max_attempts",
+        "max_poison_units",
+        "max_rejected_fraction",
+        "s3",
+        "source.class_names",
+        "source.root",
+        "source.urls",
+        "source.urls_file",
+        "tokenizer.weights",
+    ),
     "train": ("checkpoint", "cluster", "engine.micro_batch_size", "log_every_n_steps", "num_steps", "validation"),
     "sample": ("batch_size", "device"),
 }
-"""Fields (with all below them) that a rerun in the same directory may change, by kind."""
+"""Fields (with all below them) that a rerun in the same directory may change, by kind.
+
+A directory may move. A corpus or weights that have moved are told from others by their fingerprints.
+"""
+
+BEGUN_WITH = {
+    "fit_tokenizer": "checkpoints",
+    "tokenize": "plan.json",
+    "train": "checkpoints",
+    "sample": "samples.json",
+}
+"""What a job of each kind leaves as soon as there is something to resume; until then its spec binds nobody."""
 
 
 def run_spec(spec: Spec, *, progress: bool = True) -> Any:
@@ -43,12 +66,14 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
     Raises:
         ArtifactError: the run_dir holds a run of another spec, or something that the job reads is missing or damaged.
     """
-    remember_spec(spec)
+    if not _is_later_rank(spec):
+        remember_spec(spec)
     # Each job brings torch or ray with it: imported when it is the one that runs.
     if isinstance(spec, FitTokenizerConfig):
         from tokenization.fit import fit_tokenizer  # noqa: PLC0415
 
-        return fit_tokenizer(spec)
+        with exclusive(local_path(spec.run_dir)):
+            return fit_tokenizer(spec)
     if isinstance(spec, TokenizeConfig):
         from pipeline.tokenize import run_tokenize  # noqa: PLC0415
 
@@ -66,8 +91,10 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
 def remember_spec(spec: Spec) -> None:
     """Write the resolved spec into its run_dir, or check it against the one that is there.
 
+    A spec whose job failed before there was anything to resume is replaced: a typo in it is mended by running it again.
+
     Raises:
-        ArtifactError: another spec is there and differs in more than the free fields of its kind.
+        ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
     storage = open_storage(spec.run_dir, s3=spec.s3) if isinstance(spec, TokenizeConfig) else _local(spec.run_dir)
     new = spec.model_dump(mode="json")
@@ -76,12 +103,15 @@ def remember_spec(spec: Spec) -> None:
         if old == new:
             return
         differing = [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, spec.kind)]
-        if differing:
-            told = ", ".join(f"{name} (there {have!r}, in the spec {want!r})" for name, have, want in differing)
+        if differing and _has_begun(storage, kind=str(old.get("kind"))):
             raise ArtifactError(
-                f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: {told}; "
-                "set another run_dir, or remove the directory to begin anew"
+                f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: "
+                f"{_told(differing)}; set another run_dir, or remove the directory to begin anew"
             )
+        if differing:
+            with storage.exclusive():  # the other job may be at work, short of its first checkpoint
+                storage.write_json(SPEC_NAME, new)
+            return
     storage.write_json(SPEC_NAME, new)
 
 
@@ -100,6 +130,22 @@ def _read(storage: Storage) -> dict[str, Any]:
     )
 
 
+def _is_later_rank(spec: Spec) -> bool:
+    """Whether this is one of torchrun's processes other than the first, which alone keeps the directory."""
+    is_torchrun = isinstance(spec, TrainConfig) and spec.cluster.launcher == "torchrun"
+    return is_torchrun and os.environ.get("RANK", "0") != "0"
+
+
+def _has_begun(storage: Storage, *, kind: str) -> bool:
+    return kind not in BEGUN_WITH or storage.find(BEGUN_WITH[kind]) is not None
+
+
+def _told(differing: list[tuple[str, Any, Any]]) -> str:
+    """The fields that differ, in one line; of specs of two kinds the kinds, which explain the rest."""
+    kinds = [difference for difference in differing if difference[0] == "kind"]
+    return ", ".join(f"{name} (there {have!r}, in the spec {want!r})" for name, have, want in kinds or differing)
+
+
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, old value, new value) of every leaf that differs; a missing one counts as None."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -110,4 +156,4 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_free(name: str, kind: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS[kind])
+    return name == "run_dir" or any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS[kind])

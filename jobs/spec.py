@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from jobs.problems import Problem, closest, problems_of, quoted, without_unknown
+from jobs.problems import Problem, closest, problems_of, quoted, truth_values, without_unknown
 from pipeline.config import TokenizeConfig
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
@@ -70,6 +70,11 @@ class _Document:
 def shipped_spec(name: str) -> Path:
     """Path of a spec that ships with the project, such as `train_base`."""
     return SPECS_DIR / f"{name}.yaml"
+
+
+def from_here(path: Path) -> Path:
+    """The path as it is typed in this directory: relative where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> Spec:
@@ -166,6 +171,8 @@ def _override(document: _Document, override: str) -> None:
         raise SpecError([f"{place}: the value must be YAML, got {text!r}; quote it"]) from error
     level = document.data
     for depth, key in enumerate(keys[:-1], start=1):
+        if key not in level:
+            document.place_of[keys[:depth]] = place
         inner = level.setdefault(key, {})
         if not isinstance(inner, dict):
             whole = ".".join(keys[:depth])
@@ -187,9 +194,9 @@ def _validated(document: _Document) -> Spec:
     except ValidationError as error:
         problems = problems_of(error, model=model)
     else:
-        if not document.problems:
+        problems = list(truth_values(document.data, taken=spec.model_dump()))
+        if not (problems or document.problems):
             return spec
-        problems = []
     second: list[Problem] = []
     try:
         # Once more with the unknown fields renamed or removed: cross-field rules are only checked on known ones.

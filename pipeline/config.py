@@ -53,7 +53,43 @@ class ImageFolderConfig(Config):
     """Images per work unit."""
 
 
-SourceConfig = Annotated[WebDatasetConfig | ImageFolderConfig, Field(discriminator="kind")]
+class ParquetConfig(ListedFilesConfig):
+    """Parquet files with a column of images; a run of row groups is one work unit."""
+
+    kind: Literal["parquet"]
+    image_column: str = "image"
+    """Column of image files: bytes, or Hugging Face's struct of `bytes` and `path`."""
+    caption_column: str | None = None
+    """Column of captions."""
+    label_column: str | None = None
+    """Column of integer labels; Hugging Face's ClassLabel also gives the class names."""
+    extra_columns: tuple[str, ...] = ()
+    """Columns that are kept as they are, beside the codes; no other column is read."""
+    class_names: str | None = None
+    """Text file with one class name a line, in label order, instead of those that the files hold."""
+    row_groups_per_unit: PositiveInt = 1
+    """Row groups per work unit; a unit never spans two files."""
+
+
+class Img2DatasetConfig(Config):
+    """An output folder of img2dataset in its webdataset format; one tar is one work unit."""
+
+    kind: Literal["img2dataset"]
+    root: str
+    """Folder or s3:// URL with NNNNN.tar, NNNNN.parquet and NNNNN_stats.json."""
+    caption_column: str = "caption"
+    """Column of the sidecar that holds the captions; where it is missing or null, a `txt` member is the caption."""
+    label_column: str | None = None
+    """Column of the sidecar that holds integer labels."""
+    extra_columns: tuple[str, ...] | None = None
+    """Columns of the sidecar that are kept beside the codes; without it all that JSON can hold (url, width, ...)."""
+    allow_unfinished: bool = False
+    """Whether tars without their _stats.json, which img2dataset writes last, are left out instead of an error."""
+
+
+SourceConfig = Annotated[
+    WebDatasetConfig | ParquetConfig | ImageFolderConfig | Img2DatasetConfig, Field(discriminator="kind")
+]
 
 
 class RulesConfig(Config):

@@ -11,7 +11,9 @@ import numpy.typing as npt
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.rejects import RULE_STAGE, Reject
 from pipeline.sources.sample import InputSample
-from tokenization.crops import ImageRejectedError, decode_image, make_views
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
+from tokenization.image_rejection import ImageRejectedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, files_problem, shard_name, stem_of
-from pipeline.retry import RetrySource
+from pipeline.retry import RetryDetails, RetrySource
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
@@ -116,11 +116,12 @@ def find_finished(
             if reason is None:
                 doubtful.append(record)
                 continue
-        _redo(ledger, stem, reason=str(reason))
+        _redo(ledger, stem, plan=plan, reason=str(reason))
+    to_retry = _inputs_to_retry(plan, tally=tally)
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
-        if unit.fingerprint in inputs_when_retried.get(stem, ()):
-            tally.add(record)  # its input was mended for `retry-rejects`, which has read what became of its rejects
+        if record.unit_index in to_retry or unit.fingerprint in inputs_when_retried.get(stem, ()):
+            tally.add(record)  # its input was mended for `retry-rejects`, which reads what became of its rejects
             continue
         reason = _input_reason(unit, record, source=source)
         if reason is None:
@@ -131,13 +132,19 @@ def find_finished(
                 "retried; use another run_dir or undo the change"
             )
         else:
-            _redo(ledger, stem, reason=reason)
+            _redo(ledger, stem, plan=plan, reason=reason)
     committed = {plan.keys.stem(unit.unit_index) for unit in plan.units if unit.unit_index in tally}
     return Found(tally=tally, uncommitted=tuple(name for name in files if stem_of(name) not in committed))
 
 
-def _redo(ledger: Ledger, stem: str, *, reason: str) -> None:
-    logger.warning("unit %s is done again: %s", stem, reason)
+def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
+    """Return the units whose rejects are about to be tried again."""
+    appended = [unit for unit in plan.units if isinstance(unit.details, RetryDetails) and unit.unit_index not in tally]
+    return {of_input.unit_index for unit in appended for of_input, _ in unit.details.picks}
+
+
+def _redo(ledger: Ledger, stem: str, *, plan: Plan, reason: str) -> None:
+    logger.warning("unit %d (%s) is done again: %s", int(stem), plan.units[int(stem)].name, reason)
     ledger.forget(stem)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import IO, NamedTuple
 
 from pipeline.storage import ArtifactError
@@ -116,6 +117,13 @@ class _Stream:
         """Return the error that says what is wrong with this tar."""
         return ArtifactError(f"read {self._where}: {problem}; {action}")
 
+    def error_at(self, offset: int, problem: str, *, found: bytes) -> ArtifactError:
+        """Return the error that says what is wrong at a byte offset, where `found` begins, unless all is compressed."""
+        compression = next((name for magic, name in _COMPRESSIONS.items() if found.startswith(magic)), None)
+        if offset > 0 or compression is None:
+            return self.error(problem)
+        return self.error(f"must be an uncompressed tar, got {compression}", action="decompress it before tokenizing")
+
     def _fill(self, num_bytes: int) -> None:
         """Read on until `num_bytes` can be taken; never asks for what a header claims, which may be any number."""
         pieces = [self._buffer[self._next :]]
@@ -123,9 +131,8 @@ class _Stream:
         while num_read < num_bytes:
             piece = self._read()
             if not piece:
-                raise self.error(
-                    f"must be a whole tar and end in zero blocks, got cut short at byte {self.offset + num_read}"
-                )
+                problem = f"must be a whole tar and end in zero blocks, got cut short at byte {self.offset + num_read}"
+                raise self.error_at(self.offset, problem, found=b"".join(pieces))
             pieces.append(piece)
             num_read += len(piece)
         self._buffer_offset += self._next
@@ -155,14 +162,8 @@ def _read_header(stream: _Stream) -> _Header | None:
         return _parse_header(block)
     except ValueError as error:
         offset = stream.offset - TAR_BLOCK_BYTES
-        compression = next((name for magic, name in _COMPRESSIONS.items() if block.startswith(magic)), None)
-        if offset == 0 and compression is not None:
-            raise stream.error(
-                f"must be an uncompressed tar, got {compression}", action="decompress it before tokenizing"
-            ) from error
-        raise stream.error(
-            f"must be an uncompressed tar with a header or zero blocks at byte {offset}, got {error}"
-        ) from error
+        problem = f"must be an uncompressed tar with a header or zero blocks at byte {offset}, got {error}"
+        raise stream.error_at(offset, problem, found=block) from error
 
 
 def _parse_header(block: bytes) -> _Header:
@@ -180,17 +181,22 @@ def _parse_header(block: bytes) -> _Header:
 
 
 def _checksum_fits(block: bytes) -> bool:
-    """Return whether the bytes of a header add up to its checksum, which counts its own field as spaces."""
-    field = block[148:156]
-    stored = _parse_number(field) - 8 * ord(" ")
+    """Return whether the bytes of a header add up to its checksum."""
+    wanted = _sum_by_checksum(block[148:156])
     # adler32 holds 1 + the sum of all bytes (mod 65521) in its low half: 20 times the speed of `sum`. The sum is below
     # twice the modulus, so this takes a wrong sum for right only if it is wrong by 65521: 257 or more changed bytes.
-    total = (zlib.adler32(block) & 0xFFFF) - 1
-    if 0 <= stored < _ADLER_MODULUS and (total - sum(field) - stored) % _ADLER_MODULUS == 0:
+    if 0 <= wanted < _ADLER_MODULUS and zlib.adler32(block) & 0xFFFF == (wanted + 1) % _ADLER_MODULUS:
         return True
-    return stored in (sum(view) - sum(view[148:156]) for view in (memoryview(block), memoryview(block).cast("b")))
+    return wanted in (sum(block), sum(block[148:156]) + sum(memoryview(block[:148] + block[156:]).cast("b")))
 
 
+@lru_cache(maxsize=4096)  # the same few hundred in all headers of a tar
+def _sum_by_checksum(field: bytes) -> int:
+    """Return what a header with this checksum field must add up to; the checksum counts its own field as spaces."""
+    return _parse_number(field) - 8 * ord(" ") + sum(field)
+
+
+@lru_cache(maxsize=4096)
 def _parse_number(field: bytes) -> int:
     """Return a number of a header: octal digits, or base 256 after a byte 0x80; empty is 0."""
     if field[0] == 0x80:
@@ -211,47 +217,47 @@ def _read_extended_header(stream: _Stream, header: _Header) -> _Header:
         while header.kind in _EXTENSION_KINDS:
             if header.size > MAX_EXTENSION_BYTES:
                 raise ValueError(f"{header.size} bytes of it, above {MAX_EXTENSION_BYTES}")
-            for field, value in _extension_fields(header.kind, stream.take(header.size)):
-                if field in fields:
-                    raise ValueError(f"two of {field!r}")
-                fields[field] = value
+            data = stream.take(header.size + padding_bytes(header.size))
+            if data[header.size :] != bytes(padding_bytes(header.size)):  # its size is too small; tarfile reads on
+                raise ValueError(f"more than its {header.size} bytes")
+            more_fields = _extension_fields(header.kind, data[: header.size])
+            if fields.keys() & more_fields.keys():
+                raise ValueError("two names or sizes")
+            fields |= more_fields
             following = _read_header(stream)
             if following is None:
                 raise ValueError("no member after it")
             header = following
-        return _with_fields(header, fields)
+        if not fields:
+            return header
+        size = int(fields[b"size"]) if b"size" in fields else header.size
+        return _Header(fields.get(b"path", header.name), size, header.kind)
     except ValueError as error:
         raise stream.error(f"must have a valid extended header at byte {offset}, got {error}") from error
 
 
-def _with_fields(header: _Header, fields: dict[bytes, bytes]) -> _Header:
-    size = fields.get(b"size")
-    if size is None:
-        return header._replace(name=fields.get(b"path", header.name))
-    if not size.isdigit():
-        raise ValueError(f"{size!r} for a size")
-    return header._replace(name=fields.get(b"path", header.name), size=int(size))
-
-
-def _extension_fields(kind: int, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield (`path` or `size`, value) as an extension header gives them; a ValueError says why it cannot be read."""
+def _extension_fields(kind: int, data: bytes) -> dict[bytes, bytes]:
+    """Return `path` and `size` as far as an extension header gives them; a ValueError says why it cannot be read."""
     if kind == ord("L"):
-        yield b"path", data.partition(b"\0")[0]
-    elif kind != ord("K"):
-        for field, value in _pax_records(data):
-            if field.startswith(b"GNU.sparse.") or field == b"SCHILY.realsize":
-                raise ValueError("a sparse member")
-            if field in (b"path", b"size"):
-                if kind == ord("g"):
-                    raise ValueError(f"one {field!r} for all members")
-                value = value.rstrip(b"/")  # as tarfile has it
-                if not value:
-                    raise ValueError(f"an empty {field!r}")
-                yield field, value
+        return {b"path": data.partition(b"\0")[0]}
+    if kind == ord("K"):
+        return {}
+    fields = {}
+    for keyword, value in _pax_records(data).items():
+        if keyword.startswith(b"GNU.sparse.") or keyword == b"SCHILY.realsize":
+            raise ValueError("a sparse member")
+        if keyword in (b"path", b"size"):
+            fields[keyword] = value.rstrip(b"/") if keyword == b"path" else value  # as tarfile has it
+    if fields and kind == ord("g"):
+        raise ValueError("one name or size for all members")
+    if not fields.get(b"path", b"x") or not fields.get(b"size", b"0").isdigit():
+        raise ValueError(f"a name or size that is none: {fields!r}")
+    return fields
 
 
-def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the records of a PAX header, `LENGTH KEYWORD=VALUE` and a newline, LENGTH counting all of that."""
+def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """Return the records of a PAX header, `LENGTH KEYWORD=VALUE` and a newline, LENGTH counting all; the last wins."""
+    records = {}
     start = 0
     while start < len(data):
         space = data.find(b" ", start)
@@ -262,5 +268,6 @@ def _pax_records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         keyword, equals, value = data[space + 1 : end].partition(b"=")
         if end > len(data) or not equals or not keyword or not value.endswith(b"\n"):
             raise ValueError(f"a record that is not its {int(digits)} bytes long")
-        yield keyword, value[:-1]
+        records[keyword] = value[:-1]
         start = end
+    return records

@@ -121,8 +121,8 @@ class _Job:
                 f"retry rejects of {self._storage}: the set must be finished, got no manifest; run its job first"
             )
 
-    def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[int]:
-        """Commit every unit that the tally lacks, add it, and return the units that were set aside instead."""
+    def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[Poison]:
+        """Commit every unit that the tally lacks, add it, and return those that were set aside instead."""
         storage, config, tally = self._storage, self._config, found.tally
         waiting = [unit for unit in plan.units if unit.unit_index not in tally]
         if not waiting:
@@ -131,7 +131,7 @@ class _Job:
         for name in found.uncommitted:
             storage.remove(name)
         known_poison = {stem_of(name) for name in storage.list("poison/")}
-        poison: list[int] = []
+        poison: list[Poison] = []
         pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
         live = LiveProgress(num_units=len(plan.units), num_units_done=tally.num_units, show=self._show_progress)
         with live, StatusFile(storage) as status, ray_session(config.cluster), closing(pool.run(waiting)) as events:
@@ -146,12 +146,13 @@ class _Job:
                     self._judge_rejects(tally.totals())
                 elif isinstance(event, Poison):
                     self._set_aside(event, plan=plan)
-                    poison.append(event.unit.unit_index)
+                    poison.append(event)
                 else:
                     assert isinstance(event, PoolState)
                     live.show(event)
                     status.write(event, samples_per_s=live.samples_per_s, eta_s=live.eta_s)
             ledger.gather()
+        storage.remove_staged()  # of workers that were killed
         return poison
 
     def _set_aside(self, poison: Poison, *, plan: Plan) -> None:
@@ -166,9 +167,10 @@ class _Job:
         if totals.num_read >= MIN_SAMPLES_TO_JUDGE and totals.num_rejected > limit * totals.num_read:
             raise ArtifactError(_too_many_rejects(self._storage, totals, limit=limit))
 
-    def _finish(self, plan: Plan, *, tokenizer: Tokenizer, tally: Tally, poison: list[int]) -> Manifest:
+    def _finish(self, plan: Plan, *, tokenizer: Tokenizer, tally: Tally, poison: list[Poison]) -> Manifest:
         config, storage = self._config, self._storage
-        manifest = make_manifest(config, plan=plan, tokenizer=tokenizer, tally=tally, poison=poison)
+        set_aside = sorted(one.unit.unit_index for one in poison)
+        manifest = make_manifest(config, plan=plan, tokenizer=tokenizer, tally=tally, poison=set_aside)
         if len(poison) > config.max_poison_units:
             raise ArtifactError(self._too_much_poison(plan, poison))
         _check_totals(storage, manifest.totals, limit=config.max_rejected_fraction)
@@ -186,13 +188,15 @@ class _Job:
         )
         return manifest
 
-    def _too_much_poison(self, plan: Plan, poison: list[int]) -> str:
-        named = ", ".join(f"{unit_index} ({plan.units[unit_index].name})" for unit_index in poison[:MAX_NAMED_UNITS])
+    def _too_much_poison(self, plan: Plan, poison: list[Poison]) -> str:
+        named = "; ".join(
+            f"unit {one.unit.unit_index} ({one.unit.name}): {one.problems[-1]}" for one in poison[:MAX_NAMED_UNITS]
+        )
         more = f" and {len(poison) - MAX_NAMED_UNITS} more" if len(poison) > MAX_NAMED_UNITS else ""
         return (
             f"tokenize {self._storage}: at most {self._config.max_poison_units} of {len(plan.units)} units may fail, "
-            f"got {len(poison)}: {named}{more}, see poison/ for why; mend the cause and rerun (finished units are "
-            "kept), or raise max_poison_units to leave them out"
+            f"got {len(poison)}: {named}{more}; mend the cause and rerun (finished units are kept), or raise "
+            "max_poison_units to leave them out"
         )
 
 
@@ -211,7 +215,7 @@ def make_manifest(
         codes_per_image=tokenizer.codes_per_image,
         class_names=None if plan.class_names is None else list(plan.class_names),
         shards=tally.shards_in_order(),
-        poison_units=sorted(poison),
+        poison_units=poison,
         totals=totals,
     )
 

@@ -25,8 +25,8 @@ from pipeline.ledger import (
     shard_name,
     stem_of,
 )
-from pipeline.rejects import count, read_rejects
 from pipeline.npy_codes import codes_dtype
+from pipeline.rejects import count, read_rejects
 from pipeline.shards import ShardReader
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
 from pipeline.tally import Tally

@@ -78,7 +78,7 @@ def write_tiny_tokenizer(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def tokenize_config(run_dir: Path, *, source: dict[str, Any], weights: Path, **fields: Any) -> TokenizeConfig:
+def tokenize_config(run_dir: Path | str, *, source: dict[str, Any], weights: Path, **fields: Any) -> TokenizeConfig:
     tokenizer = {"weights": str(weights), "image_size_px": 16, "batch_size": 4}
     return TokenizeConfig.model_validate(
         {"kind": "tokenize", "run_dir": str(run_dir), "source": source, "tokenizer": tokenizer} | fields

@@ -37,7 +37,7 @@ class VQConfig(Config):
     """Dimensions of one codebook entry."""
     channels: PositiveInt = 128
     """Channels at the highest resolution; a multiple of num_norm_groups."""
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
     """Channels of each level over `channels`, highest resolution first; each level after the first halves the side."""
     num_res_blocks: PositiveInt = 2
     """Residual blocks per encoder level; the decoder has one more."""

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from tokenization.codebook import draw_vectors, spherical_kmeans
 from tokenization.config import FitTokenizerConfig
-from tokenization.crops import ImageRejectedError, center_crop, decode_image
+from tokenization.crops import center_crop
+from tokenization.decoding import decode_image
 from tokenization.fingerprint import Fingerprint
 from tokenization.fit_checkpoint import load_newest_checkpoint, save_checkpoint
+from tokenization.image_rejection import ImageRejectedError
 from tokenization.pixels import to_network_range
 from tokenization.reconstruction import EVALUATION_BATCH, Evaluation, evaluate_reconstruction, reconstruction_loss
 from tokenization.vq import VQNetwork
@@ -63,7 +65,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Path:
     fit = Fit(config, train_NHWC)
     checkpoint = load_newest_checkpoint(run_dir / "checkpoints", config=config)
     if checkpoint is not None:
-        fit.restore(*checkpoint)
+        fit.resume(*checkpoint)
     log.info("event=fit_begin step=%d num_steps=%d images=%d", fit.step, config.num_steps, len(train_NHWC))
     begin_s = time.monotonic()
     while fit.step < config.num_steps:
@@ -149,7 +151,7 @@ class Fit:
                 state[f"optimizer.{moment}.{name}"] = value
         return state
 
-    def restore(self, step: int, state: dict[str, Tensor]) -> None:
+    def resume(self, step: int, state: dict[str, Tensor]) -> None:
         """Take up the state that `state()` returned after `step` steps."""
         self.step = step
         self.network.load_state_dict(_with_prefix(state, "network."))

@@ -163,9 +163,9 @@ def _read_pickled(path: Path, *, network: str | None) -> TokenizerWeights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"loading tokenizer {path}: the file must hold nothing but tensors and plain values, got {first_line!r}; "
+            f"loading tokenizer {path}: the file must hold nothing but tensors and plain values, got "
+            f"{unreadable_reason(error)!r}; "
             "use LlamaGen's vq_ds16_c2i.pt or a safetensors file"
         ) from error
     state = content.get("model") if isinstance(content, dict) else None
@@ -177,6 +177,12 @@ def _read_pickled(path: Path, *, network: str | None) -> TokenizerWeights:
         )
     state = {name: value.float() for name, value in state.items()}
     return TokenizerWeights(_named_network(path, network), _without_history(state), {})
+
+
+def unreadable_reason(error: Exception) -> str:
+    """Return why torch could not load a file, in one line without its advice to unpickle whatever is in there."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return text.strip().split("\n")[0].partition(". ")[0][:200]
 
 
 def _named_network(path: Path, network: str | None) -> VQConfig:

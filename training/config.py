@@ -23,6 +23,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """LlamaGen's named sizes: (layers, heads, model_dim)."""
 
 DType = Literal["float32", "bfloat16"]
+Seed = Annotated[int, Field(ge=0, lt=2**56)]
+"""What every counter-based draw is keyed by."""
 
 
 class ModelConfig(Config):
@@ -147,7 +149,7 @@ class EngineConfig(Config):
             low = self.global_batch_size // unit * unit
             near = " or ".join(str(value) for value in (low, low + unit) if value)
             raise ValueError(
-                f"global_batch_size must be a multiple of micro_batch_size * world_size = "
+                f"engine.global_batch_size must be a multiple of micro_batch_size * world_size = "
                 f"{self.micro_batch_size or 1} * {world_size} = {unit}, got {self.global_batch_size}; use {near}"
             )
         return self.global_batch_size // unit if self.micro_batch_size else 1
@@ -189,7 +191,7 @@ class TrainConfig(Config):
     log_every_n_steps: PositiveInt = 10
     warm_start: str | None = None
     """Weights to begin from: a run directory, our `.safetensors`, or a LlamaGen checkpoint."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initialisation, noise, dropout and own drafts."""
     cluster: ClusterConfig = ClusterConfig()
 
@@ -237,7 +239,7 @@ class SampleConfig(Config):
     """A training run directory (its newest whole checkpoint) or a `.safetensors` of ours."""
     tokenizer: TokenizerConfig
     sampler: SamplerConfig = SamplerConfig()
-    labels: tuple[NonNegativeInt, ...]
+    labels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     """Class labels to sample."""
     num_per_label: PositiveInt = 4
     batch_size: PositiveInt = 32
@@ -247,7 +249,7 @@ class SampleConfig(Config):
     """Images shown in the refinement strip."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of all draws."""
 
     @property

@@ -117,10 +117,19 @@ def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a spec names; `auto` is cuda where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    """The device that a spec names; `auto` is cuda where there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    num_gpus = torch.cuda.device_count()
+    names = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{index}" for index in range(num_gpus))]
+    if name not in ["auto", *names]:
+        raise ValueError(
+            f"pick the device of a sample job: device must be one of auto, {', '.join(names)} on this machine, "
+            f"got {name!r}; set device: auto"
+        )
+    return torch.device(("cuda" if num_gpus else "cpu") if name == "auto" else name)
 
 
 def check_tokenizer(model_file: ModelFile, tokenizer: Tokenizer) -> None:

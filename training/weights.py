@@ -25,6 +25,7 @@ from pipeline.local_storage import local_path, sha256_of_file, stage
 from pipeline.storage import ArtifactError
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
+from tokenization.weights_file import unreadable_reason
 from training.checkpoint import MODEL_FILE, newest_whole_checkpoint
 from training.config import ModelConfig
 from training.tensorar import TensorAR
@@ -235,7 +236,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ArtifactError(
             f"load weights {path}: it must be a torch checkpoint of tensors and plain values, got "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; use the original file"
+            f"{type(error).__name__}: {unreadable_reason(error)}; use the original file"
         ) from error
     if not isinstance(loaded, Mapping):
         raise ArtifactError(

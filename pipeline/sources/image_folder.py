@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from pipeline.config import ImageFolderConfig, S3Config
 from pipeline.local_storage import LocalStorage
 from pipeline.sources.fields import checked_caption, checked_label, parse_caption, parse_json, printable
-from pipeline.sources.plan import Plan, Source, WorkUnit, digest_of, make_plan
+from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.storage import ArtifactError, FileInfo, Storage, open_storage
 
@@ -149,8 +149,8 @@ def _make_unit(images: list[_ListedImage], *, unit_index: int, start: int) -> Wo
     return WorkUnit(
         unit_index=unit_index,
         name=f"files {start}..{start + len(images) - 1}",
-        fingerprint=digest_of([[name, info.num_bytes] for name, info in files]),
-        mark=digest_of([info.mark for _, info in files]),
+        fingerprint=fingerprint_of((name, info.num_bytes) for name, info in files),
+        mark=mark_of(info for _, info in files),
         details=FolderFiles(
             packed_names=zlib.compress(names.encode("utf-8", "surrogateescape")),
             label_runs=_runs(image.label for image in images),

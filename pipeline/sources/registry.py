@@ -6,12 +6,16 @@ from typing import Any
 
 from pipeline.config import S3Config, SourceConfig
 from pipeline.sources.image_folder import ImageFolderSource
+from pipeline.sources.img2dataset import Img2DatasetSource
+from pipeline.sources.parquet import ParquetSource
 from pipeline.sources.plan import Source
 from pipeline.sources.webdataset import WebDatasetSource
 
 SOURCES: dict[str, Any] = {
     "webdataset": WebDatasetSource,
+    "parquet": ParquetSource,
     "image_folder": ImageFolderSource,
+    "img2dataset": Img2DatasetSource,
 }
 """The class of each `source.kind`; made with (config, s3=...)."""
 

@@ -1,38 +1,26 @@
-"""A tar as samples, by webdataset's rules; every cut of a tar is an error.
+"""The members of a tar as samples, by webdataset's rules.
 
-The invariant: a tar that is cut short is an error and not a shorter corpus (tarfile alone takes a cut between two
-members, or inside a header, for the end). What is odd about a sample is that sample's problem.
+The invariant: every member that webdataset would see is in a sample; what is odd about a sample is that sample's
+problem, what is odd about the tar is an error (`pipeline.tars`), never a shorter corpus.
 """
 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
 
 from pipeline.config import S3Config
 from pipeline.sources.fields import checked_caption, checked_label, parse_caption, parse_json, parse_label
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.storage import ArtifactError, open_storage, split_url
+from pipeline.tars import read_members
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
-TAR_BLOCK_BYTES = 512
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 Members = list[tuple[str, bytes]]
 """The members of one sample: lower-case extension and data."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A regular file of a tar; `offset` is where its header begins."""
-
-    name: str
-    data: bytes
-    offset: int
 
 
 def read_groups(url: str, *, s3: S3Config) -> Iterator[tuple[str, Members]]:
@@ -45,7 +33,7 @@ def read_groups(url: str, *, s3: S3Config) -> Iterator[tuple[str, Members]]:
     key, members = "", Members()
     try:
         with open_storage(directory, s3=s3).open(name) as file:
-            for member in _read_members(file, where=url):
+            for member in read_members(file, where=url):
                 match = _MEMBER_NAME.match(member.name)
                 if match is None or _META_NAME.match(member.name):
                     continue
@@ -116,31 +104,3 @@ def split_members(members: Members) -> tuple[bytes, dict[str, bytes]]:
 
 def _named(members: Members) -> str:
     return f"members {', '.join(extension for extension, _ in members)}"
-
-
-def _read_members(file: IO[bytes], *, where: str) -> Iterator[Member]:
-    """Yield the regular members of a tar; unlike tarfile alone, refuse a tar that is cut short."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                content = tar.extractfile(info) if info.isreg() else None
-                if content is not None:
-                    yield Member(info.name, content.read(), info.offset)
-            _check_end(file, offset=tar.offset, where=where)
-    except (tarfile.TarError, OSError) as error:
-        raise ArtifactError(
-            f"read {where}: must be a whole, uncompressed tar, got {error}; fetch or write it again"
-        ) from error
-
-
-def _check_end(file: Any, *, offset: int, where: str) -> None:
-    """Check that zero blocks, and nothing else, follow the last member; tarfile takes a cut at a member for the end."""
-    file.seek(offset)
-    end = file.read(TAR_BLOCK_BYTES)
-    if end != bytes(TAR_BLOCK_BYTES):
-        raise ArtifactError(
-            f"read {where}: a tar ends in zero blocks, got {len(end)} other bytes at {offset}; fetch or write it again"
-        )
-    while rest := file.read(1 << 20):
-        if rest.strip(b"\0"):
-            raise ArtifactError(f"read {where}: nothing may follow the end of a tar, got more data; split joined tars")

@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +36,11 @@ class ListedFile:
         """Its path or URL."""
         return f"{self.directory.rstrip('/')}/{self.name}"
 
+    @property
+    def base_name(self) -> str:
+        """Its name without the folders that a pattern matched."""
+        return self.name.rpartition("/")[2]
+
 
 def list_files(urls: Sequence[str], *, urls_file: str | None, s3: S3Config) -> list[ListedFile]:
     """Return the files that a source names, in order; at least one.
@@ -53,10 +58,12 @@ def list_files(urls: Sequence[str], *, urls_file: str | None, s3: S3Config) -> l
     files = _look_up(list(_expand_braces(entries, field=field)), field=field, s3=s3)
     if not files:
         raise ArtifactError(f"plan source: {field} must name files, got none; add some")
-    for (directory, name), num_times in Counter((file.directory, file.name) for file in files).most_common(1):
-        if num_times > 1:
-            url = f"{directory}/{name}"
-            raise ArtifactError(f"plan source: a file may be listed once, got {url!r} {num_times} times; list it once")
+    seen: set[str] = set()
+    for file in files:
+        url = os.path.normpath(file.url)  # "./x" is "x"
+        if url in seen:
+            raise ArtifactError(f"plan source: a file may be listed once, got {file.url!r} again; list it once")
+        seen.add(url)
     return files
 
 
@@ -96,17 +103,20 @@ def _expand_braces(urls: Iterable[str], *, field: str) -> Iterator[str]:
 def _look_up(urls: list[str], *, field: str, s3: S3Config) -> list[ListedFile]:
     """Return the files behind exact URLs and globs; the exact ones of a directory share one listing."""
     names_of: defaultdict[str, list[str]] = defaultdict(list)
-    split = [None if glob.has_magic(url) else split_url(url) for url in urls]
-    for directory, name in filter(None, split):
-        names_of[directory].append(name)
-    infos = {directory: _infos(directory, names, s3=s3) for directory, names in names_of.items()}
+    for url in urls:
+        if not glob.has_magic(url):
+            directory, name = split_url(url)
+            names_of[directory].append(name)
+    infos = {directory: (directory, _infos(directory, names, s3=s3)) for directory, names in names_of.items()}
+    del names_of
     files: list[ListedFile] = []
-    for url, place in zip(urls, split, strict=True):
-        if place is None:
+    for url in urls:
+        if glob.has_magic(url):
             files.extend(_match(url, field=field, s3=s3))
             continue
-        directory, name = place
-        info = infos[directory].get(name) or open_storage(directory, s3=s3).find(name)  # listings leave out .hidden
+        directory, name = split_url(url)
+        directory, found = infos[directory]  # one string for all its files
+        info = found.get(name) or open_storage(directory, s3=s3).find(name)  # listings leave out .hidden
         if info is None:
             raise ArtifactError(f"plan source: {url} cannot be opened: no such file; check {field}")
         files.append(ListedFile(directory, name, info))

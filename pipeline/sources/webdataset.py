@@ -1,22 +1,30 @@
 """WebDataset tars: one tar is one work unit, so a plan costs a listing and no tar is opened.
 
-The invariant: the order is that of `urls`; `details` is the tar's URL. Keys are as wide as the largest tar could need,
-a tar spending at least a header block and a data block on a sample.
+The invariant: the order is that of `urls`. Keys are as wide as the largest tar could need, a tar spending at least a
+header block and a data block on a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import dataclass
 
 from pipeline.config import S3Config, WebDatasetConfig
 from pipeline.sources.fields import printable
-from pipeline.sources.plan import Plan, Source, WorkUnit, digest_of, make_plan
+from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import make_sample, read_groups
 from pipeline.sources.urls import list_files, read_class_names
 
 MIN_BYTES_PER_SAMPLE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TarFile:
+    """What a unit's `details` are: its URL, and what labels must be below (None if the classes are not known)."""
+
+    url: str
+    num_classes: int | None
 
 
 class WebDatasetSource(Source):
@@ -28,25 +36,27 @@ class WebDatasetSource(Source):
 
     def plan(self) -> Plan:
         """See `Source.plan`."""
+        class_names = read_class_names(self._config.class_names, s3=self._s3)
+        num_classes = None if class_names is None else len(class_names)
         files = list_files(self._config.urls, urls_file=self._config.urls_file, s3=self._s3)
         units = [
             WorkUnit(
                 unit_index=unit_index,
-                name=file.name.rpartition("/")[2],
-                fingerprint=digest_of([[file.name.rpartition("/")[2], file.info.num_bytes]]),
-                mark=digest_of([file.info.mark]),
-                details=file.url,
+                name=file.base_name,
+                fingerprint=fingerprint_of([(file.base_name, file.info.num_bytes)]),
+                mark=mark_of([file.info]),
+                details=TarFile(file.url, num_classes),
             )
             for unit_index, file in enumerate(files)
         ]
         largest = max(file.info.num_bytes for file in files)
-        return make_plan(units, max_samples_per_unit=largest // MIN_BYTES_PER_SAMPLE, class_names=self._class_names)
+        return make_plan(units, max_samples_per_unit=largest // MIN_BYTES_PER_SAMPLE, class_names=class_names)
 
     def read(self, unit: WorkUnit) -> Iterator[InputSample]:
         """See `Source.read`."""
-        num_classes = None if self._class_names is None else len(self._class_names)
+        tar: TarFile = unit.details
         seen: set[str] = set()
-        for position, (key, members) in enumerate(read_groups(unit.details, s3=self._s3)):
+        for position, (key, members) in enumerate(read_groups(tar.url, s3=self._s3)):
             source = printable(key)
             try:
                 if key in seen:
@@ -57,12 +67,8 @@ class WebDatasetSource(Source):
                     source=source,
                     caption_field=self._config.caption_field,
                     label_field=self._config.label_field,
-                    num_classes=num_classes,
+                    num_classes=tar.num_classes,
                 )
             except UnusableSampleError as error:
                 yield InputSample(position=position, source=source, extra={}, problem=error.problem)
             seen.add(key)
-
-    @cached_property
-    def _class_names(self) -> tuple[str, ...] | None:
-        return read_class_names(self._config.class_names, s3=self._s3)

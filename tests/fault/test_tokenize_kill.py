@@ -3,24 +3,24 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from tokenize_process import finish, kill, num_records, run_with_kills, start, wait_until, workers_of
 from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
 
-from pipeline.config import TokenizeConfig
-from pipeline.ledger import verify_shard_set
+from pipeline.config import ClusterConfig, TokenizeConfig
+from pipeline.ledger import read_manifest, read_poison
 from pipeline.local_storage import find_staged
-from pipeline.tokenize import run_tokenize
+from pipeline.status import read_status
+from pipeline.storage import Storage, open_storage
+from pipeline.verify import verify_shard_set
 
-SCRIPT = Path(__file__).parents[1] / "run_tokenize_job.py"
+POISON_SITE = Path(__file__).parent / "poison_site"
 NUM_UNITS = 6
+LONG_NUM_UNITS = 160
 pytestmark = pytest.mark.timeout(900)  # about a minute on two idle cores; each start of Ray suffers on busy ones
 
 
@@ -34,32 +34,26 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(corpus: Path, run_dir: Path) -> TokenizeConfig:
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `corpus`, of many small units."""
+    root = tmp_path_factory.mktemp("long")
+    write_tiny_tokenizer(root / "tiny.safetensors")
+    write_tars(root / "tars", num_tars=LONG_NUM_UNITS, samples_per_tar=12)
+    tokenize_here(job(root, root / "whole"))
+    return root
+
+
+def contents_of(storage: Storage) -> dict[str, bytes]:
+    """The shards, indices, rejects and manifest of a set."""
+    names = [*storage.list("shards/"), *storage.list("rejects/"), "manifest.json"]
+    return {name: storage.read_bytes(name) for name in names}
+
+
+def job(corpus: Path, run_dir: Path | str) -> TokenizeConfig:
     source = {"kind": "webdataset", "urls": [f"{corpus}/tars/*.tar"]}
     # Ten views a sample make a unit last about a second.
     return tokenize_config(run_dir, source=source, weights=corpus / "tiny.safetensors", views={"kind": "ten_crop"})
-
-
-def start(config: TokenizeConfig, directory: Path) -> subprocess.Popen[bytes]:
-    (directory / "config.json").write_text(config.model_dump_json())
-    with (directory / "log.txt").open("ab") as log:
-        return subprocess.Popen([sys.executable, str(SCRIPT), str(directory / "config.json")], stdout=log, stderr=log)
-
-
-def wait_until(condition: Callable[[], bool], *, driver: subprocess.Popen[bytes], timeout_s: float = 240) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert driver.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Kill the driver alone and return the Ray processes that it leaves behind."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    return children
 
 
 def is_agent(process: psutil.Process) -> bool:
@@ -68,14 +62,10 @@ def is_agent(process: psutil.Process) -> bool:
     return True  # it ended in between
 
 
-def num_records(run_dir: Path) -> int:
-    return len(list(run_dir.glob("ledger/*.json")))
-
-
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "ray is starting": lambda run_dir: (run_dir / "plan.json").exists(),
     "workers are writing": lambda run_dir: any(run_dir.glob("shards/.staged-*.tar-*")),
-    "units are done": lambda run_dir: num_records(run_dir) >= 2,
+    "units are done": lambda run_dir: num_records(open_storage(str(run_dir))) >= 2,
 }
 
 
@@ -88,14 +78,14 @@ def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, 
         driver = start(config, tmp_path)
         wait_until(lambda name=name: MOMENTS[name](run_dir), driver=driver)  # type: ignore[misc]
         left_behind += kill(driver)
-        for path in run_dir.glob("ledger/*.json"):
+        for path in run_dir.glob("ledger/[0-9]*.json"):
             assert files_of(run_dir)[f"shards/{path.stem}.tar"] == files_of(corpus / "whole")[f"shards/{path.stem}.tar"]
-    assert 0 < num_records(run_dir) < NUM_UNITS
+    assert 0 < num_records(open_storage(str(run_dir))) < NUM_UNITS
     driver = start(config, tmp_path)
-    assert driver.wait(timeout=240) == 0, (tmp_path / "log.txt").read_text()
+    finish(driver, tmp_path)
     assert files_of(run_dir) == files_of(corpus / "whole")
     assert find_staged(run_dir) == []
-    assert verify_shard_set(run_dir) == []
+    assert verify_shard_set(open_storage(str(run_dir))) == []
     # Ray's two agents notice late that their node is gone; whatever could still write must be.
     _, alive = psutil.wait_procs(left_behind, timeout=30)
     assert [process for process in alive if not is_agent(process)] == []
@@ -103,25 +93,49 @@ def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, 
 
 def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "set"
-    killed: list[int] = []
-    start_s = time.time()
-
-    def kill_a_busy_worker() -> None:
-        while not killed:
-            time.sleep(0.02)
-            if num_records(run_dir) < 1:
-                continue
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    is_ours = "UnitTokenizer" in " ".join(process.cmdline()) and process.create_time() > start_s
-                    if is_ours and not killed:
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-
-    killer = threading.Thread(target=kill_a_busy_worker, daemon=True)
-    killer.start()
-    run_tokenize(job(corpus, run_dir), progress=False)
-    killer.join(timeout=10)
-    assert len(killed) == 1
+    storage = open_storage(str(run_dir))
+    config = job(corpus, run_dir).model_copy(update={"cluster": ClusterConfig(num_workers=1)})
+    driver = start(config, tmp_path)
+    wait_until(lambda: num_records(storage) >= 1 and bool(workers_of(driver.pid)), driver=driver)
+    workers_of(driver.pid)[0].send_signal(signal.SIGKILL)
+    finish(driver, tmp_path)
+    assert "its worker died" in (tmp_path / "log.txt").read_text()
     assert files_of(run_dir) == files_of(corpus / "whole")
-    assert verify_shard_set(run_dir) == []
+    assert verify_shard_set(storage) == []
+
+
+def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corpus: Path, tmp_path: Path) -> None:
+    """Only the unit at fault is given up, though other units were in the hands of the workers that it killed."""
+    run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))
+    config = job(corpus, run_dir)
+    driver = start(config, tmp_path, PYTHONPATH=f"{POISON_SITE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert driver.wait(timeout=240) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "at most 0 of 6 units may fail, got 1: unit 2 (00002.tar): its worker died" in log
+    assert len(read_poison(storage, "00002").problems) == 3
+    assert read_status(storage).num_units_done == 5
+    assert [poison.unit for poison in read_status(storage).poison] == ["00002.tar"]
+    assert storage.find("manifest.json") is None
+    left_out = config.model_copy(update={"max_poison_units": 1, "max_attempts": 1})
+    finish(start(left_out, tmp_path, PYTHONPATH=str(POISON_SITE)), tmp_path)
+    assert verify_shard_set(storage) == []
+    assert read_manifest(storage).poison_units == [2]
+    finish(start(config, tmp_path), tmp_path)  # mended: nothing kills it any more
+    assert files_of(run_dir) == files_of(corpus / "whole")
+    assert read_status(storage).poison == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_twenty_kills_end_in_the_bytes_of_a_clean_run(
+    long_corpus: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str
+) -> None:
+    run_dir = str(tmp_path / "set") if place == "local" else request.getfixturevalue("s3_url")
+    config = job(long_corpus, run_dir).model_copy(update={"max_attempts": 20})
+    kills = run_with_kills(config, tmp_path, seed=5, num_kills=20)
+    assert kills.total() >= 20
+    assert min(kills["driver"], kills["worker"]) >= 4
+    storage = open_storage(run_dir)
+    assert verify_shard_set(storage) == []  # which also finds staged leftovers and a ledger that does not balance
+    assert contents_of(storage) == contents_of(open_storage(str(long_corpus / "whole")))
+    assert read_manifest(storage).totals.num_read == LONG_NUM_UNITS * 12

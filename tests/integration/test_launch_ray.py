@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_shards import train_config, write_shard_set
 
-from jobs.launch import LaunchError, launch_training, worker_variables
+from jobs.launch import LaunchError, check_gpus, launch_training, worker_variables
 from pipeline.config import ClusterConfig
 from training.checkpoint import verify_checkpoint
 from training.metrics import read_metrics
@@ -51,3 +51,14 @@ def test_ranks_without_a_gpu_compute_on_their_own_cores_only() -> None:
     assert variables["OMP_NUM_THREADS"] == "2"
     assert variables["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_variables(ClusterConfig(gpus_per_worker=1.0))
+
+
+def test_ranks_that_would_wait_for_gpus_for_ever_are_refused() -> None:
+    cluster = ClusterConfig(num_workers=2, gpus_per_worker=0.5)
+    check_gpus(cluster, num_gpus=1.0)
+    with pytest.raises(LaunchError) as caught:
+        check_gpus(cluster, num_gpus=0.0)
+    assert str(caught.value) == (
+        "start 2 ranks: cluster.num_workers * cluster.gpus_per_worker must be at most this machine's 0 GPUs, got 1; "
+        "lower one of them, or join a cluster with cluster.address"
+    )

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import encoded
 from PIL import Image
 
 from tokenization.config import ViewsConfig, VQConfig
 from tokenization.crops import center_crop, make_views, ten_crop
+from tokenization.decoding import decode_image
 from tokenization.pixels import to_network_range
 from tokenization.vq import VQNetwork
 
@@ -28,7 +30,30 @@ def test_center_crop_equals_adms(image_index: int, size_px: int) -> None:
 def test_ten_crop_equals_llamagens() -> None:
     image = Image.fromarray(CROPS["in0"])
     crops = ten_crop(center_crop(image, 35), 32)
-    np.testing.assert_array_equal(np.stack([np.asarray(crop) for crop in crops]), CODES["img0_tencrop110_crops"])
+    np.testing.assert_array_equal(crops, CODES["img0_tencrop110_crops"])
+
+
+# Left and top of torchvision's TenCrop(32); Python rounds the middle 1.5 up and 0.5 down to the even number.
+@pytest.mark.parametrize(
+    ("crop_range", "side_px", "corners"),
+    [
+        (1.1, 35, [(0, 0), (3, 0), (0, 3), (3, 3), (2, 2)]),
+        (1.05, 33, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0)]),
+    ],
+)
+@pytest.mark.parametrize("image_index", range(5))
+def test_ten_views_of_a_file_are_regions_of_adms_crop(
+    image_index: int, crop_range: float, side_px: int, corners: list[tuple[int, int]]
+) -> None:
+    file = encoded(Image.fromarray(CROPS[f"in{image_index}"]))
+    views = make_views(
+        decode_image(file, max_pixels=100_000),
+        config=ViewsConfig(kind="ten_crop", crop_range=crop_range),
+        image_size_px=32,
+    )
+    square = CROPS[f"in{image_index}_crop{side_px}"]
+    expected = [source[y : y + 32, x : x + 32] for source in (square, square[:, ::-1]) for x, y in corners]
+    np.testing.assert_array_equal(views.images_VHWC, expected)
 
 
 @pytest.fixture(scope="module")

@@ -78,3 +78,9 @@ def test_cluster_file_follows_the_schema_that_ray_ships() -> None:
     jsonschema.validate(cluster, schema)
     assert cluster["head_node_type"] in cluster["available_node_types"]
     assert {"cpu_worker", "gpu_worker"} <= set(cluster["available_node_types"])
+
+
+def test_nodes_of_the_cluster_have_the_token_that_they_ask_for() -> None:
+    cluster = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert cluster["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"

@@ -144,3 +144,11 @@ def test_checkpoint_moves_with_its_run(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", 8)
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert newest_whole_checkpoint(tmp_path / "b") == tmp_path / "b" / "checkpoints" / "step_00000008"
+
+
+def test_a_checkpoint_appears_under_its_name_in_one_rename(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 5, is_committed=False)
+    prepared = partial_path(path).stat().st_ino
+    commit_checkpoint(path, record_of(partial_path(path), 5))
+    assert path.stat().st_ino == prepared
+    assert not partial_path(path).exists()

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs.cli import main
-from jobs.run import remember_spec
+from jobs.cli import _command, _outcome, _told, main
+from jobs.run import remember_spec, run_spec
 from jobs.spec import load_spec, shipped_spec
+from pipeline.local_storage import exclusive
 from pipeline.storage import ArtifactError
 
 
@@ -77,6 +78,7 @@ def test_a_failure_that_a_user_can_mend_is_one_line_and_ends_in_one(tmp_path: Pa
 def test_the_resolved_spec_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(path, [place, "num_steps=5", "seed=0", "model.dropout=0.1"]))
+    (tmp_path / "run" / "checkpoints").mkdir()
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert (kept["kind"], kept["num_steps"], kept["engine"]["zero_stage"]) == ("train", 5, 2)
     with pytest.raises(ArtifactError) as caught:
@@ -102,7 +104,7 @@ def test_verify_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr == (
         f"error: verify {tmp_path}: the directory must be the run_dir of a tokenize or a train job, "
-        "got neither ledger/ nor checkpoints/ in it; check the path\n"
+        "got neither plan.json nor checkpoints/ in it; check the path\n"
     )
 
 
@@ -118,3 +120,106 @@ def test_demo_refuses_an_override_of_no_stage(tmp_path: Path) -> None:
 
 def test_version_is_told() -> None:
     assert call("--version").output == "tensorar, version 0.1.0\n"
+
+
+def test_a_spec_that_failed_before_anything_was_done_may_be_mended(tmp_path: Path) -> None:
+    path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
+    remember_spec(load_spec(path, [place, "data.shards=typo"]))
+    remember_spec(load_spec(path, [place, "data.shards=right"]))
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["data"]["shards"] == "right"
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(ArtifactError, match=r"data\.shards \(there 'right', in the spec 'typo'\)"):
+        remember_spec(load_spec(path, [place, "data.shards=typo"]))
+
+
+def test_the_spec_of_a_job_at_work_is_not_replaced(tmp_path: Path) -> None:
+    path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
+    remember_spec(load_spec(path, [place, "seed=1"]))
+    with exclusive(tmp_path / "run"), pytest.raises(ArtifactError, match="one job at a time may write a directory"):
+        remember_spec(load_spec(path, [place, "seed=2"]))
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["seed"] == 1
+
+
+def test_a_directory_of_another_kind_is_refused_by_naming_the_kinds(tmp_path: Path) -> None:
+    place = f"run_dir={tmp_path / 'run'}"
+    remember_spec(load_spec(shipped_spec("train_base"), [place]))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(ArtifactError) as caught:
+        remember_spec(load_spec(shipped_spec("sample_base"), [place]))
+    assert "these fields differ: kind (there 'train', in the spec 'sample'); set another" in str(caught.value)
+
+
+def test_of_torchruns_processes_only_the_first_keeps_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    overrides = [f"run_dir={tmp_path / 'run'}", "cluster.launcher=torchrun"]
+    with pytest.raises(ValueError, match="join ranks: "):
+        run_spec(load_spec(shipped_spec("train_base"), overrides))
+    assert not (tmp_path / "run" / "spec.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="join ranks: "):
+        run_spec(load_spec(shipped_spec("train_base"), overrides))
+    assert (tmp_path / "run" / "spec.json").exists()
+
+
+def test_one_fit_at_a_time_may_write_a_directory(tmp_path: Path) -> None:
+    spec = load_spec(shipped_spec("fit_open_emoji"), [f"run_dir={tmp_path / 'run'}"])
+    with exclusive(tmp_path / "run"), pytest.raises(ArtifactError, match="one job at a time may write a directory"):
+        run_spec(spec)
+
+
+def test_an_error_of_the_operating_system_names_the_path_and_what_to_check(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = call("run", str(shipped_spec("train_base")), "--set", f"run_dir={tmp_path / 'file'}")
+    assert result.exit_code == 1
+    place = tmp_path / "file" / "spec.json"
+    assert (
+        result.stderr == f"error: open {place}: not a directory; check the path, its permissions and the free space\n"
+    )
+
+
+def test_the_next_command_of_a_training_run_samples_with_the_spec_of_its_window(tmp_path: Path) -> None:
+    for name, sampling in (("train_base", "sample_base"), ("train_tensorar", "sample_tensorar")):
+        spec = load_spec(shipped_spec(name), [f"run_dir={tmp_path}/my run"])
+        told = _outcome(spec, None, command="not used")
+        path = shipped_spec(sampling)
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        assert told.splitlines()[1] == (
+            f"next: tensorar run {shown} --set 'weights={tmp_path}/my run' --set 'run_dir={tmp_path}/my run-samples'"
+        )
+
+
+def test_the_next_command_of_a_sample_run_can_be_pasted() -> None:
+    spec = load_spec(shipped_spec("sample_base"), ["labels=[1, 2]", "run_dir=r", "seed=4"])
+    told = _outcome(spec, None, command=_command("s.yaml", ["labels=[1, 2]", "run_dir=r", "seed=4"]))
+    assert told.splitlines()[1] == (
+        "next:     tensorar run s.yaml --set 'labels=[1, 2]' --set run_dir=r --set seed=4 "
+        "--set run_dir=r-2 --set seed=5"
+    )
+
+
+def test_demo_tells_the_problems_of_all_stages_as_they_were_typed(tmp_path: Path) -> None:
+    words = ["bose.num_steps=3", "base.num_stepz=1", "sample_base.sede=2"]
+    result = call("demo", "--dir", str(tmp_path / "demo"), *(part for word in words for part in ("--set", word)))
+    assert result.exit_code == 2
+    assert [line.partition(" is ")[0].partition(": an ")[0] for line in result.stderr.splitlines()] == [
+        "--set bose.num_steps=3",
+        "--set base.num_stepz=1: num_stepz",
+        "--set sample_base.sede=2: sede",
+    ]
+
+
+def test_a_full_disk_is_told_in_our_form() -> None:
+    assert _told(OSError(28, "No space left on device")) == (
+        "write or read a file: no space left on device; check the path, its permissions and the free space"
+    )
+
+
+def test_one_torchrun_at_a_time_may_write_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [f"run_dir={tmp_path / 'run'}", "cluster.launcher=torchrun"]
+    spec = load_spec(shipped_spec("train_base"), overrides)
+    monkeypatch.setenv("RANK", "0")
+    with exclusive(tmp_path / "run"), pytest.raises(ArtifactError, match="one job at a time may write a directory"):
+        run_spec(spec)
+    monkeypatch.setenv("RANK", "1")  # the first rank holds the lock for all
+    with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="join ranks: "):
+        run_spec(spec)

@@ -229,3 +229,16 @@ def test_no_label_is_dropped_at_fraction_0_and_every_one_at_1() -> None:
     for fraction, expected in ((0.0, labels), (1.0, torch.full((50,), 99))):
         got = drop_labels(labels, fraction=fraction, null_label=99, seed=0, step=0, sample_counters_B=counters)
         assert torch.equal(got, expected)
+
+
+def test_other_labels_are_dropped_at_another_step_and_under_another_seed() -> None:
+    labels, counters = torch.arange(1000), torch.arange(1000)
+
+    def dropped(*, seed: int, step: int) -> torch.Tensor:
+        kept = drop_labels(labels, fraction=0.5, null_label=-9, seed=seed, step=step, sample_counters_B=counters)
+        return kept == -9
+
+    first = dropped(seed=0, step=5)
+    assert torch.equal(first, dropped(seed=0, step=5))
+    for other in (dropped(seed=0, step=6), dropped(seed=1, step=5)):
+        assert 400 < (first != other).sum().item() < 600

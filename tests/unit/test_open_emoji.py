@@ -125,14 +125,20 @@ def test_a_tarball_of_other_bytes_is_refused(tmp_path: Path) -> None:
 def test_without_network_the_error_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
-    npm.write_text("#!/bin/sh\necho 'npm error network unreachable' >&2\nexit 1\n")
+    said = (
+        "code ENOTFOUND",
+        "request to http://r/x failed, reason: getaddrinfo ENOTFOUND r",
+        "A complete log is in: x",
+    )
+    npm.write_text("#!/bin/sh\n" + "".join(f"echo 'npm error {line}' >&2\n" for line in said) + "exit 1\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{npm.parent}:/bin:/usr/bin")
     package = NpmPackage(name="@own/thing", version="1.0.0", sha256="0" * 64)
     with pytest.raises(FetchError) as caught:
         fetch_packages((package,), download_dir=tmp_path / "downloads")
     assert str(caught.value) == (
-        "fetching 1 npm packages: the registry must be reachable through npm, got 'npm error network unreachable'; "
+        "fetching 1 npm packages: the registry must be reachable through npm, got 'npm error request to "
+        "http://r/x failed, reason: getaddrinfo ENOTFOUND r'; "
         "on a machine with network run `npm pack @own/thing@1.0.0`, "
         f"copy the .tgz files into {tmp_path / 'downloads'} and run this again"
     )

@@ -13,7 +13,7 @@ from toy_corpus import png, sample_members, tokenize_config, tokenize_here, writ
 from pipeline.ledger import read_manifest
 from pipeline.preview import write_preview
 from pipeline.shards import read_shard
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 
 EVIL = '<script>alert(1)</script> & "friends"'
@@ -38,9 +38,9 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(shard_set: Path) -> str:
-    path = write_preview(shard_set, num_samples=100)
-    assert path == shard_set / "preview.html"
-    return path.read_text(encoding="utf-8")
+    path = write_preview(open_storage(str(shard_set)), num_samples=100)
+    assert path == str(shard_set / "preview.html")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
@@ -55,8 +55,10 @@ def test_what_comes_from_the_corpus_is_escaped(page: str) -> None:
 
 
 def test_pictures_are_the_decoded_codes_of_all_samples_in_order(shard_set: Path, page: str) -> None:
-    codes = [sample.codes_VT[0] for path in sorted(shard_set.glob("shards/*.tar")) for sample in read_shard(path)]
-    expected = Tokenizer.load(read_manifest(shard_set).tokenizer).decode(np.stack(codes))
+    storage = open_storage(str(shard_set))
+    names = [f"shards/{path.name}" for path in sorted(shard_set.glob("shards/*.tar"))]
+    codes = [sample.codes_VT[0] for name in names for sample in read_shard(storage, name)]
+    expected = Tokenizer.load(read_manifest(storage).tokenizer).decode(np.stack(codes))
     shown = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -69,7 +71,7 @@ def test_figures_are_those_of_the_codes_and_the_ledger(shard_set: Path, page: st
     used = {
         int(code)
         for path in shard_set.glob("shards/*.tar")
-        for sample in read_shard(path)
+        for sample in read_shard(open_storage(str(shard_set)), f"shards/{path.name}")
         for code in sample.codes_VT.flat
     }
     assert f"<strong>{len(used)}</strong> of 64 codes used" in page
@@ -81,7 +83,8 @@ def test_figures_are_those_of_the_codes_and_the_ledger(shard_set: Path, page: st
 
 
 def test_few_pictures_are_spread_over_the_set(shard_set: Path, tmp_path: Path) -> None:
-    page = write_preview(shard_set, output=tmp_path / "p.html", num_samples=4).read_text(encoding="utf-8")
+    write_preview(open_storage(str(shard_set)), output=tmp_path / "p.html", num_samples=4)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert re.findall(r"<code>(\d+)</code>\s*</figcaption>", page) == ["0000000", "0000004", "0000103", "0000202"]
 
 
@@ -90,4 +93,4 @@ def test_another_tokenizer_is_refused(shard_set: Path, tmp_path: Path) -> None:
     other = write_tiny_tokenizer(tmp_path / "tiny.safetensors", seed=1)
     (tmp_path / "manifest.json").write_text(re.sub(r'"weights": "[^"]+"', f'"weights": "{other}"', text))
     with pytest.raises(ArtifactError, match="put the old weights back"):
-        write_preview(tmp_path)
+        write_preview(open_storage(str(tmp_path)))

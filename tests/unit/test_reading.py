@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -118,6 +119,16 @@ def test_names_that_are_not_utf8_become_printable(tmp_path: Path) -> None:
         tar.addfile(member, io.BytesIO(png(0)))
     (sample,) = read(tmp_path / "t.tar")
     assert sample.source.encode("utf-8").decode("ascii") == "caf\\xe9"
+
+
+def test_the_fields_of_the_json_may_have_other_names_and_more_formats_are_read(tmp_path: Path) -> None:
+    fields = {"text": "a cat", "class": 3, "caption": "kept"}
+    path = write_tar(tmp_path / "t.tar", [("a.gif", b"x"), ("a.json", json.dumps(fields).encode()), ("b.TIFF", b"y")])
+    config = WebDatasetConfig(kind="webdataset", urls=(str(path),), caption_field="text", label_field="class")
+    source = make_source(config, s3=S3Config())
+    first, second = source.read(source.plan().units[0])
+    assert (first.caption, first.label, first.extra) == ("a cat", 3, {"caption": "kept"})
+    assert (second.data, second.problem) == (b"y", None)
 
 
 def test_folder_samples_carry_path_and_class_and_a_lost_file_is_a_problem(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ from PIL import Image
 
 from jobs.charts import curves_of, limits_of, loss_chart
 from jobs.pictures import Pair
-from jobs.report import write_report
+from jobs.report import _minutes, write_report
 from jobs.run import remember_spec
 from jobs.spec import load_spec, shipped_spec
 from jobs.timings import StageTime, add_time, read_timings
 from pipeline.config import RulesConfig
 from pipeline.ledger import Manifest, write_manifest
 from pipeline.rejects import Counts
-from pipeline.shards import ShardSample, ShardWriter, describe_shard, index_path
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, ShardWriter
+from pipeline.storage import ArtifactError, open_storage
 from tokenization.config import TokenizerConfig, ViewsConfig
 from tokenization.tokenizer import Tokenizer
 
@@ -37,7 +37,8 @@ def write_codes(run_dir: Path) -> None:
             metadata = {"source": PICTURES[index].stem, "label": index, "extra": {"class": CLASS_NAMES[index]}}
             metadata["caption"] = f"<picture {index}>"
             writer.add(ShardSample(key=f"0000000{index}", codes_VT=codes[None], metadata=metadata))
-        index_path(path).write_bytes(writer.close())
+        written = writer.close()
+    path.with_name("00000.tar.idx").write_bytes(written.index)
     none: dict[str, int] = {}
     counts = Counts(
         num_read=3, num_written=3, num_dropped=0, num_rejected=0, dropped_by_reason=none, rejected_by_reason=none
@@ -51,10 +52,11 @@ def write_codes(run_dir: Path) -> None:
         num_views=1,
         codes_per_image=64,
         class_names=CLASS_NAMES,
-        shards=[describe_shard(path, name=path.name, num_samples=3)],
+        shards=[written.info(path.name)],
+        poison_units=[],
         totals=counts,
     )
-    write_manifest(run_dir, manifest)
+    write_manifest(open_storage(str(run_dir)), manifest)
 
 
 def write_training(run_dir: Path, *, spec: str, window_size: int) -> None:
@@ -165,3 +167,13 @@ def test_psnr_of_a_pair() -> None:
     black = np.zeros((2, 2, 3), dtype=np.uint8)
     pair = Pair(source="a", caption="a", class_name="c", original_HWC=black, decoded_HWC=black + 51)
     assert pair.psnr_db == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
+
+
+def test_times_are_rounded_before_they_are_split_into_minutes() -> None:
+    assert [_minutes(seconds_s) for seconds_s in (0.04, 59.94, 59.96, 119.7, 125.4)] == [
+        "0.0 s",
+        "59.9 s",
+        "1 min 00 s",
+        "2 min 00 s",
+        "2 min 05 s",
+    ]

@@ -17,7 +17,7 @@ from tokenization.tokenizer import Tokenizer
 from tokenization.vq import VQNetwork
 from tokenization.weights_file import write_weights
 from training.config import ModelConfig, SampleConfig
-from training.sample import run_sample, tile_images
+from training.sample import pick_device, run_sample, tile_images
 from training.tensorar import build_model
 from training.weights import save_model
 
@@ -169,3 +169,10 @@ def test_tiles_are_in_reading_order_with_white_gaps() -> None:
         [255, 255, 255, 255],
         [2, 255, 255, 255],
     ]
+
+
+def test_a_device_that_the_machine_lacks_is_refused_in_one_line() -> None:
+    for name in ("tpu", "cuda:99", ""):
+        with pytest.raises(ValueError, match=rf"device must be one of auto, cpu.* got '{name}'; set device: auto"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"

@@ -1,5 +1,8 @@
 """Plans: the same files give the same units, keys fit, and what is missing is named."""
 
+import hashlib
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -28,7 +31,7 @@ def test_one_tar_is_one_unit_and_the_order_of_the_urls_is_kept(tmp_path: Path) -
     write_tars(tmp_path / "a", num_tars=3)
     write_tars(tmp_path / "b", num_tars=2)
     units = plan(tars(f"{tmp_path}/b/*.tar", f"{tmp_path}/a/{{00002,00000}}.tar")).units
-    assert [Path(unit.details).relative_to(tmp_path).as_posix() for unit in units] == [
+    assert [Path(unit.details.url).relative_to(tmp_path).as_posix() for unit in units] == [
         "b/00000.tar",
         "b/00001.tar",
         "a/00002.tar",
@@ -44,6 +47,13 @@ def test_keys_are_unit_then_position_and_wide_enough_for_the_largest_tar(tmp_pat
     keys = plan(tars(pattern)).keys
     assert keys.key(1, 4999) == "000014999"
     assert keys.stem(1) == "00001"
+
+
+def test_a_position_that_the_plan_did_not_foresee_has_no_key(tmp_path: Path) -> None:
+    keys = plan(tars(write_tars(tmp_path, num_tars=1, samples_per_tar=3))).keys
+    assert keys.key(0, 99) == "0000099"
+    with pytest.raises(ValueError, match="unit 0: position must have 2 digits as planned, got 100; rerun"):
+        keys.key(0, 100)
 
 
 def test_folder_keys_are_as_wide_as_the_samples_of_a_unit(tmp_path: Path) -> None:
@@ -75,6 +85,21 @@ def test_a_moved_corpus_keeps_its_fingerprints_and_a_grown_file_changes_one(tmp_
     after = [unit.fingerprint for unit in plan(tars(f"{tmp_path}/b/*.tar")).units]
     assert after[0] == before[0]
     assert after[1] != before[1]
+
+
+def test_fingerprints_are_those_of_names_and_sizes_as_json(tmp_path: Path) -> None:
+    (tmp_path / 'caf\u00e9 "x".tar').write_bytes(bytes(10))
+    (unit,) = plan(tars(f"{tmp_path}/*.tar")).units
+    expected = hashlib.sha256(json.dumps([['caf\u00e9 "x".tar', 10]]).encode()).hexdigest()[:16]
+    assert unit.fingerprint == expected
+
+
+def test_a_mark_changes_when_a_file_is_written_again(tmp_path: Path) -> None:
+    pattern = write_tars(tmp_path, num_tars=2)
+    before = [unit.mark for unit in plan(tars(pattern)).units]
+    os.utime(tmp_path / "00001.tar", (1, 1))
+    after = [unit.mark for unit in plan(tars(pattern)).units]
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
 
 
 def test_class_names_of_tars_come_from_their_file(tmp_path: Path) -> None:

@@ -89,10 +89,17 @@ def test_a_missing_field_is_told_with_its_meaning(tmp_path: Path) -> None:
 def test_unions_are_told_by_their_kinds(tmp_path: Path) -> None:
     text = "kind: tokenize\nrun_dir: x\nsource:\n  kind: web_dataset\ntokenizer: {weights: x, network: vq15}\n"
     assert problems(tmp_path, text) == [
-        "spec.yaml:3: source must have kind: one of webdataset, image_folder, got 'web_dataset'; "
+        "spec.yaml:3: source must have kind: one of webdataset, parquet, image_folder, img2dataset, got 'web_dataset'; "
         "did you mean webdataset?",
         "spec.yaml:5: tokenizer.network must be one of vq16, vq8, got 'vq15'; did you mean vq16?",
     ]
+
+
+@pytest.mark.parametrize(("given", "got"), [("", "neither"), ("  urls: [a]\n  urls_file: b\n", "both")])
+def test_a_source_of_files_names_them_in_one_way(tmp_path: Path, given: str, got: str) -> None:
+    text = f"kind: tokenize\nrun_dir: x\nsource:\n  kind: parquet\n{given}tokenizer: {{weights: x}}\n"
+    message = f"source: exactly one of urls and urls_file must be given, got {got}; keep one"
+    assert problems(tmp_path, text) == [f"spec.yaml:3: {message}"]
 
 
 def test_fields_of_a_union_member_get_suggestions_of_that_member(tmp_path: Path) -> None:
@@ -157,3 +164,38 @@ def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
 )
 def test_a_problem_of_an_override_names_the_override(tmp_path: Path, override: str, message: str) -> None:
     assert problems(tmp_path, TRAIN, override) == [f"--set {override}: {message}"]
+
+
+def test_a_list_that_may_not_be_empty_says_so(tmp_path: Path) -> None:
+    text = "kind: sample\nrun_dir: x\nweights: y\ntokenizer: {weights: z}\nlabels: []\n"
+    assert problems(tmp_path, text) == ["spec.yaml:5: labels must have at least 1 values, got 0"]
+    text = "kind: fit_tokenizer\nrun_dir: x\nimages: y\nvalidation_images: z\nnetwork: {channel_multipliers: []}\n"
+    assert problems(tmp_path, text) == ["spec.yaml:5: network.channel_multipliers must have at least 1 values, got 0"]
+
+
+def test_a_list_of_too_many_values_says_how_many_it_may_have(tmp_path: Path) -> None:
+    assert problems(tmp_path, TRAIN + "optimizer: {betas: [0.9, 0.9, 0.9]}\n") == [
+        "spec.yaml:6: optimizer.betas must have at most 2 values, got 3"
+    ]
+
+
+def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(tmp_path: Path) -> None:
+    message = "seed must be below 72057594037927936, got 72057594037927936"
+    assert problems(tmp_path, TRAIN + "seed: 72057594037927936\n") == [f"spec.yaml:6: {message}"]
+
+
+def test_an_override_that_opens_a_group_is_the_place_of_what_is_wrong_with_it(tmp_path: Path) -> None:
+    assert problems(tmp_path, TRAIN, "foo.bar.baz=1", "engine.global_batch_size=47") == [
+        "--set foo.bar.baz=1: foo is not a field; the fields here are kind, run_dir, data, model, noise, optimizer, "
+        "engine, checkpoint, validation, num_steps, log_every_n_steps, warm_start, seed, cluster",
+        "--set engine.global_batch_size=47: engine.global_batch_size must be a multiple of "
+        "micro_batch_size * world_size = 1 * 2 = 2, got 47; use 46 or 48",
+    ]
+
+
+def test_true_and_false_are_no_numbers(tmp_path: Path) -> None:
+    text = TRAIN.replace("num_steps: 5", "num_steps: yes") + "optimizer: {betas: [0.9, on]}\n"
+    assert problems(tmp_path, text) == [
+        "spec.yaml:5: num_steps must be a number, got True; write it in digits",
+        "spec.yaml:6: optimizer.betas.1 must be a number, got True; write it in digits",
+    ]

@@ -228,7 +228,6 @@ def test_other_wrong_files_say_what_to_do(tiny_path: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_nearly_the_same_codes() -> None:
     images = held_out_images()
     on_gpu = Tokenizer.load(SHIPPED, device="cuda").encode(images)

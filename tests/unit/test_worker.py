@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
 
-from pipeline import worker as worker_module
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, read_record
-from pipeline.local_storage import find_staged
+from pipeline.prepare import broken_rule
 from pipeline.rejects import read_rejects
 from pipeline.shards import read_shard
 from pipeline.sources.registry import make_source
-from pipeline.storage import ArtifactError
-from pipeline.worker import UnitTokenizer, broken_rule
-from tokenization.crops import decode_image, make_views
+from pipeline.storage import ArtifactError, open_storage
+from pipeline.worker import UnitTokenizer
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
 from tokenization.tokenizer import Tokenizer
 
 
@@ -33,7 +33,7 @@ def config_of(tmp_path: Path, weights: Path, **fields: Any) -> TokenizeConfig:
 def run(config: TokenizeConfig) -> LedgerRecord:
     the_plan = make_source(config.source, s3=config.s3).plan()
     digest = Tokenizer.load(config.tokenizer).fingerprint.digest
-    return UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=digest).run(the_plan.units[0])
+    return UnitTokenizer(config, keys=the_plan.keys, fingerprint_digest=digest).run(the_plan.units[0]).record
 
 
 @pytest.mark.parametrize(("views", "num_views"), [("center", 1), ("flip", 2), ("ten_crop", 10)])
@@ -52,7 +52,7 @@ def test_codes_are_those_of_full_batches_over_all_views_in_order(
         ).images_VHWC
     ]
     by_hand = np.concatenate([tokenizer.encode(np.stack(images[i : i + 4])) for i in range(0, len(images), 4)])
-    shard = list(read_shard(tmp_path / "set" / "shards" / "00000.tar"))
+    shard = list(read_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar"))
     np.testing.assert_array_equal(
         np.stack([sample.codes_VT for sample in shard]), by_hand.reshape(7, num_views, tokenizer.codes_per_image)
     )
@@ -79,7 +79,7 @@ def test_batches_are_full_but_for_the_last_also_where_views_straddle_them(
 def test_metadata_tells_where_a_sample_comes_from(tmp_path: Path, weights: Path) -> None:
     write_tar(tmp_path / "00000.tar", sample_members(4, style="flat"))
     run(config_of(tmp_path, weights))
-    (sample,) = read_shard(tmp_path / "set" / "shards" / "00000.tar")
+    (sample,) = read_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar")
     views = sample.metadata.pop("views")
     assert [view["flipped"] for view in views] == [False]
     assert len(views[0]["box_px"]) == 4
@@ -108,7 +108,7 @@ def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, we
     write_tar(tmp_path / "00000.tar", members)
     rules = {"min_side_px": 16, "max_aspect_ratio": 4.0}
     record = run(config_of(tmp_path, weights, rules=rules, max_image_pixels=5000))
-    rejects = read_rejects(tmp_path / "set" / "rejects" / "00000.parquet")
+    rejects = read_rejects(open_storage(str(tmp_path / "set")), "rejects/00000.parquet")
     assert [(reject.key, reject.source, reject.stage, reject.reason) for reject in rejects] == [
         ("0000001", "torn", "decode", "truncated"),
         ("0000002", "text", "decode", "unknown_format"),
@@ -117,7 +117,8 @@ def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, we
         ("0000005", "huge", "decode", "too_many_pixels"),
         ("0000006", "long", "rule", "max_aspect_ratio"),
     ]
-    assert [sample.key for sample in read_shard(tmp_path / "set" / "shards" / "00000.tar")] == ["0000000", "0000007"]
+    shard = read_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar")
+    assert [sample.key for sample in shard] == ["0000000", "0000007"]
     assert record.counts.model_dump() == {
         "num_read": 8,
         "num_written": 2,
@@ -131,27 +132,26 @@ def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, we
             "read/bad_label": 1,
         },
     }
-    assert read_record(tmp_path / "set" / "ledger" / "00000.json") == record
+    assert read_record(open_storage(str(tmp_path / "set")), "00000") == record
 
 
 def test_a_unit_without_a_good_sample_has_a_record_and_no_shard(tmp_path: Path, weights: Path) -> None:
-    write_tar(tmp_path / "00000.tar", sample_members(0))
-    run(config_of(tmp_path, weights))
     write_tar(tmp_path / "00000.tar", [("a.png", b"")])
     record = run(config_of(tmp_path, weights))
     assert record.shard is None
     assert record.counts.num_rejected == record.counts.num_read == 1
-    assert list((tmp_path / "set" / "shards").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "set").rglob("*") if path.is_file()) == [
+        "00000.json",
+        "00000.parquet",
+    ]
 
 
-def test_a_torn_tar_commits_nothing_and_takes_the_old_record_away(tmp_path: Path, weights: Path) -> None:
+def test_a_torn_tar_commits_nothing(tmp_path: Path, weights: Path) -> None:
     path = write_tar(tmp_path / "00000.tar", [member for number in range(9) for member in sample_members(number)])
-    run(config_of(tmp_path, weights))
     path.write_bytes(path.read_bytes()[: 12 * 1024])
     with pytest.raises(ArtifactError, match=r"00000\.tar"):
         run(config_of(tmp_path, weights))
-    assert not (tmp_path / "set" / "ledger" / "00000.json").exists()
-    assert find_staged(tmp_path) == []
+    assert [path for path in (tmp_path / "set").rglob("*") if path.is_file()] == []
 
 
 def test_other_weights_on_a_worker_are_refused(tmp_path: Path, weights: Path) -> None:
@@ -169,16 +169,3 @@ def test_other_weights_on_a_worker_are_refused(tmp_path: Path, weights: Path) ->
 )
 def test_rules_are_inclusive_at_their_limit(width_px: int, height_px: int, expected: str | None) -> None:
     assert broken_rule(width_px, height_px, rules=RulesConfig(min_side_px=32, max_aspect_ratio=3.0)) == expected
-
-
-def test_the_thread_ahead_keeps_the_order_and_hands_over_errors() -> None:
-    assert list(worker_module._in_thread(iter(range(100)))) == list(range(100))
-
-    def failing() -> Any:
-        yield 1
-        raise OSError("disk gone")
-
-    values = worker_module._in_thread(failing())
-    assert next(values) == 1
-    with pytest.raises(OSError, match="disk gone"):
-        next(values)

@@ -1,0 +1,218 @@
+"""The tokenize job against the bare encoder, one worker against two, and the job against a plain Ray Data pipeline.
+
+All on the same images, cores and encoder, in one run: 64 px PNGs (real emoji) in tars, the shipped tokenizer, one
+thread a worker. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; the Ray Data
+pipeline's comes from the difference of a long and a short run. JSON lines; the last one holds the ratios.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from pipeline.cluster import ray_session
+from pipeline.config import ClusterConfig, TokenizeConfig
+from pipeline.pool import PoolState, WorkerPool
+from pipeline.sources.registry import make_source
+from pipeline.worker import Finished
+from tokenization.config import TokenizerConfig
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
+from tokenization.tokenizer import Tokenizer
+
+PICTURES = sorted((Path(__file__).parents[1] / "tests" / "data" / "held_out_emoji").glob("*.png"))
+TOKENIZER = TokenizerConfig(weights="open-emoji-64", image_size_px=64, batch_size=32)
+SAMPLES_PER_TAR = 500
+
+
+def write_corpus(directory: Path, *, num_tars: int) -> str:
+    """Tars of the 64 pictures over and over, with captions; returns their brace pattern."""
+    directory.mkdir()
+    data = [path.read_bytes() for path in PICTURES]
+    for tar_index in range(num_tars):
+        with tarfile.open(directory / f"{tar_index:05d}.tar", "w") as tar:
+            for position in range(SAMPLES_PER_TAR):
+                metadata = json.dumps({"caption": f"picture {position}", "label": position % 98}).encode()
+                for extension, content in (("png", data[position % len(data)]), ("json", metadata)):
+                    member = tarfile.TarInfo(f"{tar_index:05d}{position:04d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return f"{directory}/{{00000..{num_tars - 1:05d}}}.tar"
+
+
+def prepared_pictures() -> np.ndarray:
+    """One batch of pictures as the encoder sees them, uint8 (32, 64, 64, 3)."""
+    images = [decode_image(path.read_bytes(), max_pixels=10**6) for path in PICTURES[: TOKENIZER.batch_size]]
+    return np.concatenate([make_views(image, config=_views(), image_size_px=64).images_VHWC for image in images])
+
+
+def _views() -> Any:
+    return TokenizeConfig.model_fields["views"].default
+
+
+def encode_from_memory(num_batches: int, barrier: Any, results: Any) -> None:
+    """Encode the same batch over and over, one thread, beside the other processes; put the rate in `results`."""
+    tokenizer = Tokenizer.load(TOKENIZER, num_threads=1)
+    images = prepared_pictures()
+    for _ in range(10):
+        tokenizer.encode(images)
+    barrier.wait()
+    start_s = time.perf_counter()
+    for _ in range(num_batches):
+        tokenizer.encode(images)
+    results.put(num_batches * len(images) / (time.perf_counter() - start_s))
+
+
+def bare_encoder(num_processes: int, *, num_images: int) -> float:
+    """Images/s of the encoder alone, fed from memory, over all processes."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(num_processes), context.Queue()
+    num_batches = num_images // TOKENIZER.batch_size // num_processes
+    processes = [
+        context.Process(target=encode_from_memory, args=(num_batches, barrier, results)) for _ in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    rates = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(rates)
+
+
+def job_rate(urls: str, run_dir: Path, *, num_workers: int) -> tuple[float, float]:
+    """Images/s of the job from the moment that all workers are ready, and the seconds until then."""
+    config = TokenizeConfig.model_validate(
+        {
+            "kind": "tokenize",
+            "run_dir": str(run_dir),
+            "source": {"kind": "webdataset", "urls": [urls]},
+            "tokenizer": TOKENIZER.model_dump(),
+            "cluster": {"num_workers": num_workers},
+        }
+    )
+    plan = make_source(config.source, s3=config.s3).plan()
+    digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=digest)
+    asked_s, ready_s, num_images = time.perf_counter(), None, 0
+    with closing(pool.run(plan.units)) as events:
+        for event in events:
+            if isinstance(event, PoolState) and ready_s is None and event.num_workers == num_workers:
+                ready_s = time.perf_counter()
+                num_images -= event.num_read_in_flight
+            elif isinstance(event, Finished):
+                num_images += event.record.counts.num_written
+                end_s = time.perf_counter()
+    assert ready_s is not None
+    return num_images / (end_s - ready_s), ready_s - asked_s
+
+
+class Encode:
+    """The encoder as an actor of a Ray Data pipeline: decode, crop, encode a batch."""
+
+    def __init__(self) -> None:
+        self._tokenizer = Tokenizer.load(TOKENIZER, num_threads=1)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Turn a batch of tar samples into codes."""
+        images = [
+            make_views(decode_image(data, max_pixels=10**6), config=_views(), image_size_px=64).images_VHWC[0]
+            for data in batch["png"]
+        ]
+        codes = self._tokenizer.encode(np.stack(images)).astype(np.uint16)
+        return {"__key__": batch["__key__"], "json": batch["json"], "codes.npy": list(codes)}
+
+
+def ray_data_seconds(urls: list[str], output: Path) -> float:
+    """Seconds of the plain pipeline over the tars: read_webdataset -> map_batches(actor) -> write_webdataset."""
+    start_s = time.perf_counter()
+    (
+        ray.data.read_webdataset(urls, decoder=None)
+        .map_batches(Encode, batch_size=TOKENIZER.batch_size, concurrency=2, num_cpus=1)
+        .write_webdataset(str(output))
+    )
+    return time.perf_counter() - start_s
+
+
+@contextmanager
+def peak_memory(result: dict[str, float]) -> Iterator[None]:
+    """Put into `result` the largest sum of the proportional memory of this process and its children, in MB."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            result["peak_mb"] = max(result.get("peak_mb", 0.0), total / 1e6)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def say(**fields: Any) -> None:
+    """Print one JSON line."""
+    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in fields.items()}))
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Measure all of it, the encoder before and after the job, and print the ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-tars", type=int, default=24, help=f"tars of {SAMPLES_PER_TAR} images")
+    num_tars = parser.parse_args().num_tars
+    num_images = num_tars * SAMPLES_PER_TAR
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        urls = write_corpus(root / "tars", num_tars=num_tars)
+        paths = [str(path) for path in sorted((root / "tars").glob("*.tar"))]
+        bare = {n: bare_encoder(n, num_images=num_images // 4) for n in (1, 2)}
+        memory: dict[str, dict[str, float]] = {"job": {}, "ray_data": {}}
+        rates = {}
+        with ray_session(ClusterConfig(num_workers=2)):
+            for num_workers in (1, 2):
+                with peak_memory(memory["job"]):
+                    part = urls if num_workers == 2 else urls.replace(f"..{num_tars - 1:05d}", f"..{num_tars // 2:05d}")
+                    rates[num_workers], start_s = job_rate(part, root / f"job{num_workers}", num_workers=num_workers)
+                say(what="job", workers=num_workers, images_per_s=rates[num_workers], until_workers_ready_s=start_s)
+        again = bare_encoder(2, num_images=num_images // 4)
+        bare[2] = (bare[2] + again) / 2
+        say(what="bare encoder", processes=1, images_per_s=bare[1])
+        say(what="bare encoder", processes=2, images_per_s=bare[2], second_measurement=again)
+        with ray_session(ClusterConfig(num_workers=2)), peak_memory(memory["ray_data"]):
+            short_s = ray_data_seconds(paths[: num_tars // 3], root / "short")
+            long_s = ray_data_seconds(paths, root / "long")
+        ray_data = (num_images - num_tars // 3 * SAMPLES_PER_TAR) / (long_s - short_s)
+        say(what="ray data", images_per_s=ray_data, short_s=short_s, long_s=long_s)
+        say(
+            images=num_images,
+            job_over_bare_encoder=rates[2] / bare[2],
+            two_workers_over_one=rates[2] / rates[1],
+            job_over_ray_data=rates[2] / ray_data,
+            job_peak_mb=memory["job"]["peak_mb"],
+            ray_data_peak_mb=memory["ray_data"]["peak_mb"],
+        )
+
+
+if __name__ == "__main__":
+    main()

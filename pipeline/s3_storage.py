@@ -1,0 +1,117 @@
+"""An S3 bucket and prefix as a `Storage`, on s3fs: what is committed appears in one request, and whole.
+
+The invariant is that of `pipeline.storage`; the parts are `s3_requests` (what is retried), `s3_download`, `s3_reader`,
+`s3_upload` and `s3_lock`. Nothing is cached: a listing costs one request for each 1,000 objects and is never stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pipeline.config import S3Config
+from pipeline.s3_download import head, info_of, receive, receive_all
+from pipeline.s3_lock import hold_lock
+from pipeline.s3_reader import open_reader
+from pipeline.s3_requests import Answer, S3Requests
+from pipeline.s3_staging import remove_dead_directories, staging_directory
+from pipeline.s3_upload import abort_uploads, find_uploads, put, upload
+from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage
+
+BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}")
+
+
+class S3Storage(Storage):
+    """The objects below a prefix of a bucket."""
+
+    def __init__(self, url: str, *, config: S3Config) -> None:
+        super().__init__(url)
+        bucket, _, base = self.url.removeprefix(S3_SCHEME).partition("/")
+        if not url.startswith(S3_SCHEME) or not BUCKET.fullmatch(bucket):
+            raise ArtifactError(f"open {url}: an S3 URL must be s3://bucket/prefix, got {url!r}; correct it")
+        self.base = f"{base}/" if base else ""
+        self.requests = S3Requests(bucket, config)
+
+    def __repr__(self) -> str:
+        return f"S3Storage({self.url!r})"
+
+    def list(self, prefix: str = "") -> dict[str, FileInfo]:
+        """See `Storage.list`."""
+        found: dict[str, FileInfo] = {}
+        marker: dict[str, str] = {}
+        while True:
+            page = self.requests.wait(
+                self.requests.ask("list_objects_v2", doing="list", Prefix=self.base + prefix, **marker)
+            )
+            found.update(self._visible(page))
+            if not page.get("IsTruncated"):
+                return dict(sorted(found.items()))  # not all servers sort by the whole name
+            marker = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def find(self, name: str) -> FileInfo | None:
+        """See `Storage.find`."""
+        try:
+            return self.requests.wait(head(self.requests, self.base + name))
+        except FileNotFoundError:
+            return None
+
+    def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
+        """See `Storage.read_bytes`."""
+        if end is not None and end <= start:
+            self.requests.wait(head(self.requests, self.base + name))
+            return b""
+        return bytes(self.requests.wait(receive(self.requests, self.base + name, start=start, end=end)).data)
+
+    def open(self, name: str) -> IO[bytes]:
+        """See `Storage.open`."""
+        return open_reader(self.requests, self.base + name)
+
+    def map(self, name: str) -> Buffer:
+        """See `Storage.map`."""
+        return memoryview(self.requests.wait(receive_all(self.requests, self.base + name)).data).toreadonly()
+
+    def write_bytes(self, name: str, data: bytes) -> FileInfo:
+        """See `Storage.write_bytes`."""
+        return self.requests.wait(put(self.requests, self.base + name, data))
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """See `Storage.stage`; the local path is in a directory below TMPDIR."""
+        with staging_directory() as directory:
+            staged_path = directory / PurePosixPath(name).name
+            yield staged_path
+            self.requests.wait(upload(self.requests, self.base + name, staged_path))
+
+    def remove(self, name: str) -> None:
+        """See `Storage.remove`."""
+        with contextlib.suppress(FileNotFoundError):
+            self.requests.wait(self.requests.ask("delete_object", doing="remove", Key=self.base + name))
+
+    def find_staged(self) -> tuple[str, ...]:
+        """See `Storage.find_staged`: the names of open uploads."""
+        uploads = self.requests.wait(find_uploads(self.requests, self.base))
+        return tuple(sorted(upload["Key"].removeprefix(self.base) for upload in uploads))
+
+    def remove_staged(self) -> int:
+        """See `Storage.remove_staged`: aborts and counts open uploads, removes local files of this machine's dead jobs.
+
+        An upload of a live writer is aborted too, which is a failed attempt there: hold the lock before.
+        """
+        remove_dead_directories()
+        return self.requests.wait(abort_uploads(self.requests, self.base))
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """See `Storage.exclusive`; the lock is the object `.lock`, renewed while it is held."""
+        with hold_lock(self.requests, f"{self.base}.lock"):
+            yield
+
+    def _visible(self, page: Answer) -> Iterator[tuple[str, FileInfo]]:
+        """Yield (name, info) of a page's objects; folders and names with a part that starts with a dot are left out."""
+        for entry in page.get("Contents", ()):
+            name = entry["Key"][len(self.base) :]
+            if name and not name.endswith("/") and not name.startswith(".") and "/." not in name:
+                yield name, info_of(entry, num_bytes=entry["Size"])
