@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from itertools import chain
@@ -14,23 +12,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-import yaml
+from interop_sets import make_gapped_set, make_mixed_set, tars_of, tokenized, written
 from PIL import Image
-from toy_corpus import (
-    png,
-    sample_members,
-    tokenize_config,
-    tokenize_here,
-    write_folder,
-    write_tar,
-    write_tars,
-    write_tiny_tokenizer,
-)
+from toy_corpus import png, tokenize_config, tokenize_here, write_folder
 
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig, S3Config
 from pipeline.export import export_llamagen
-from pipeline.shards import read_shard
 from pipeline.storage import open_storage
 from tokenization.config import VQConfig
 from tokenization.weights_file import write_weights
@@ -42,48 +30,17 @@ SAMPLE_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("interop")
-    write_tiny_tokenizer(root / "tiny.safetensors")
-    return root
+    return tmp_path_factory.mktemp("interop")
 
 
 @pytest.fixture(scope="module")
 def shard_set(root: Path) -> Path:
-    """Of 4 tars: 6 samples, 6 with 1 reject, none but a reject (no shard), 6; 18 written in all."""
-    write_tars(root / "tars", num_tars=4, samples_per_tar=6)
-    write_tar(root / "tars" / "00001.tar", [*sample_members(6), ("torn.png", png(1)[:-40]), *members_of(range(7, 12))])
-    write_tar(root / "tars" / "00002.tar", [("none.png", b"")])
-    return tokenized(root, "set", {"kind": "webdataset", "urls": [f"{root}/tars/{{00000..00003}}.tar"]})
+    return make_gapped_set(root)
 
 
 @pytest.fixture(scope="module")
 def mixed_set(root: Path) -> Path:
-    """Six samples without caption, label or anything else, then six that have all of it."""
-    bare = [(f"b{number}.png", png(number)) for number in range(6)]
-    urls = [str(write_tar(root / "mixed_tars" / "0.tar", bare))]
-    urls.append(str(write_tar(root / "mixed_tars" / "1.tar", members_of(range(6)))))
-    return tokenized(root, "mixed", {"kind": "webdataset", "urls": urls})
-
-
-def members_of(numbers: range) -> list[tuple[str, bytes]]:
-    return [member for number in numbers for member in sample_members(number)]
-
-
-def tokenized(root: Path, name: str, source: dict[str, Any], **fields: Any) -> Path:
-    tokenize_here(tokenize_config(root / name, source=source, weights=root / "tiny.safetensors", **fields))
-    return root / name
-
-
-def written(run_dir: Path) -> dict[str, tuple[list[list[int]], dict[str, Any]]]:
-    """Codes and metadata of every sample by its key, in order, by our own reader."""
-    storage = open_storage(str(run_dir))
-    names = [name for name in storage.list("shards/") if name.endswith(".tar")]
-    samples = [sample for name in names for sample in read_shard(storage, name)]
-    return {sample.key: (sample.codes_VT.tolist(), sample.metadata) for sample in samples}
-
-
-def tars_of(run_dir: Path) -> list[str]:
-    return sorted(str(path) for path in run_dir.glob("shards/*.tar"))
+    return make_mixed_set(root)
 
 
 def as_written(samples: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -93,23 +50,24 @@ def as_written(samples: Iterator[dict[str, Any]]) -> dict[str, Any]:
     return dict(read)
 
 
-class TestNames:
-    """The rules of `docs/formats.md` that all readers lean on, held against plain tarfile."""
+@pytest.fixture(scope="module", params=["tars", "folder"])
+def names_of_shard(root: Path, shard_set: Path, request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """Member names of each shard, by plain tarfile; of a folder whose names break every rule, too."""
+    run_dir = shard_set
+    if request.param == "folder":
+        tree = write_folder(root / "tree", classes=("A.b", "__meta__", "\u00e9t\u00e9"), images_per_class=4)
+        (tree / "A.b" / f"{'long' * 50}.PNG").write_bytes(png(1))
+        source = {"kind": "image_folder", "root": str(tree), "samples_per_unit": 5}
+        run_dir = tokenized(root, "folder", source)
+    shards = {}
+    for path in sorted(run_dir.glob("shards/*.tar")):
+        with tarfile.open(path, "r:") as tar:
+            shards[path.name] = tar.getnames()
+    return shards
 
-    @pytest.fixture(scope="class", params=["set", "folder"])
-    def names_of_shard(self, root: Path, shard_set: Path, request: pytest.FixtureRequest) -> dict[str, list[str]]:
-        if request.param == "set":
-            run_dir = shard_set
-        else:
-            tree = write_folder(root / "tree", classes=("A.b", "__meta__", "\u00e9t\u00e9"), images_per_class=4)
-            (tree / "A.b" / f"{'long' * 50}.PNG").write_bytes(png(1))
-            source = {"kind": "image_folder", "root": str(tree), "samples_per_unit": 5}
-            run_dir = tokenized(root, "folder", source)
-        shards = {}
-        for path in sorted(run_dir.glob("shards/*.tar")):
-            with tarfile.open(path, "r:") as tar:
-                shards[path.name] = tar.getnames()
-        return shards
+
+class TestNames:
+    """The rules of `docs/formats.md` that all readers lean on."""
 
     def test_each_name_splits_into_a_key_of_digits_and_a_lower_case_extension(
         self, names_of_shard: dict[str, list[str]]
@@ -203,110 +161,6 @@ def test_ray_data_reads_all_samples(shard_set: Path, mixed_set: Path) -> None:
         for run_dir in (shard_set, mixed_set):
             dataset = ray.data.read_webdataset(f"{run_dir}/shards", file_extensions=["tar"])
             assert as_written(iter(dataset.take_all())) == written(run_dir)
-
-
-class TestEnergon:
-    """Energon opens what the job wrote; what `energon prepare` would write says the same."""
-
-    @pytest.fixture(scope="class")
-    def prepared(self, shard_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A copy of the shards alone, prepared by Energon's own command."""
-        root = tmp_path_factory.mktemp("prepared")
-        (root / "shards").mkdir()
-        for tar in tars_of(shard_set):
-            (root / "shards" / Path(tar).name).write_bytes(Path(tar).read_bytes())
-        energon_prepare(root)
-        return root
-
-    def test_prepare_writes_the_indexes_that_stand_beside_our_shards(self, shard_set: Path, prepared: Path) -> None:
-        theirs = {path.name: path.read_bytes() for path in prepared.glob("shards/*.tar.idx")}
-        assert theirs == {path.name: path.read_bytes() for path in shard_set.glob("shards/*.tar.idx")}
-        assert sorted(theirs) == ["00000.tar.idx", "00001.tar.idx", "00003.tar.idx"]
-
-    @pytest.mark.parametrize("name", ["dataset.yaml", "split.yaml", ".info.json"])
-    def test_prepare_says_what_our_sidecars_say(self, shard_set: Path, prepared: Path, name: str) -> None:
-        ours, theirs = ((root / ".nv-meta" / name).read_text() for root in (shard_set, prepared))
-        assert yaml.safe_load(ours) == yaml.safe_load(theirs)
-
-    def test_prepare_takes_a_set_with_our_sidecars_and_leaves_its_shards(self, root: Path) -> None:
-        urls = [f"{root}/tars/00000.tar", f"{root}/tars/00003.tar"]
-        run_dir = tokenized(root, "prepared_too", {"kind": "webdataset", "urls": urls})
-        before = {path: path.read_bytes() for path in run_dir.glob("shards/*")}
-        energon_prepare(run_dir, "--force-overwrite")
-        assert {path: path.read_bytes() for path in run_dir.glob("shards/*")} == before
-        assert (run_dir / ".nv-meta" / "index.sqlite").is_file()
-
-    @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_its_loader_reads_each_sample_once_without_prepare(self, shard_set: Path, num_workers: int) -> None:
-        from megatron.energon import WorkerConfig, get_loader, get_val_dataset
-
-        assert not (shard_set / ".nv-meta" / "index.sqlite").exists()
-        dataset = get_val_dataset(
-            shard_set,
-            split_part="train",
-            worker_config=WorkerConfig(rank=0, world_size=1, num_workers=num_workers),
-            batch_size=4,
-            task_encoder=crude_encoder(),
-        )
-        samples = [sample for batch in get_loader(dataset) for sample in batch]
-        read = {sample.__key__: (sample.codes.tolist(), sample.metadata) for sample in samples}
-        assert len(samples) == 18
-        assert read == written(shard_set)
-
-    def test_its_training_loader_shuffles_and_resumes(self, shard_set: Path) -> None:
-        from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
-
-        def loader() -> Any:
-            dataset = get_train_dataset(
-                shard_set,
-                worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-                batch_size=3,
-                shuffle_buffer_size=None,
-                max_samples_per_sequence=None,
-                task_encoder=crude_encoder(),
-            )
-            return get_savable_loader(dataset)
-
-        first = loader()
-        batches = iter(first)
-        epoch = [sample.__key__ for _ in range(2) for sample in next(batches)]
-        state = first.save_state_rank()
-        rest = [sample.__key__ for _ in range(4) for sample in next(batches)]
-        assert sorted(epoch + rest) == list(written(shard_set))
-        second = loader()
-        second.restore_state_rank(state)
-        batches = iter(second)
-        assert [sample.__key__ for _ in range(4) for sample in next(batches)] == rest
-
-
-def energon_prepare(root: Path, *flags: str) -> None:
-    command = [str(Path(sys.executable).with_name("energon")), "prepare", str(root), "--non-interactive"]
-    command += ["--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset", "--num-workers", "1", "--no-progress"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def crude_encoder() -> Any:
-    """A task encoder that passes codes and metadata on as they are."""
-    from megatron.energon import Cooker, DefaultTaskEncoder, Sample, basic_sample_keys, edataclass, stateless
-
-    @edataclass
-    class CodesSample(Sample):
-        codes: np.ndarray
-        metadata: dict[str, Any]
-
-    @stateless
-    def cook(sample: dict[str, Any]) -> CodesSample:
-        return CodesSample(**basic_sample_keys(sample), codes=sample["codes.npy"], metadata=sample["json"])
-
-    class CodesEncoder(DefaultTaskEncoder):
-        cookers = (Cooker(cook),)
-
-        @stateless
-        def batch(self, samples: list[CodesSample]) -> list[CodesSample]:
-            return samples
-
-    return CodesEncoder()
 
 
 @pytest.mark.parametrize(
