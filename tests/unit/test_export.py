@@ -1,13 +1,15 @@
 """The export in LlamaGen's layout, read back by the rule of its `CustomDataset`; reruns, refusals, names."""
 
+import hashlib
 import io
+import json
 import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_shards import codes_of, write_shard_set
+from synthetic_shards import codes_of, fingerprint_of, write_shard_set
 
 from pipeline.config import S3Config
 from pipeline.export import LlamaGenExport, code_folder, export_llamagen
@@ -160,6 +162,35 @@ def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out" / "code_c2i" / "export.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"export\.json must speak .*damaged one \(field required\); remove"):
         export(tmp_path / "set", tmp_path / "out")
+
+
+def test_the_record_says_what_was_exported_and_how_far(tmp_path: Path) -> None:
+    export(make_set(tmp_path / "set"), tmp_path / "out")
+    manifest = (tmp_path / "set" / "manifest.json").read_bytes()
+    assert json.loads((tmp_path / "out" / "code_c2i" / "export.json").read_bytes()) == {
+        "version": 1,
+        "layout": "llamagen",
+        "fingerprint_digest": fingerprint_of().digest,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+        "num_shards_done": 2,
+    }
+
+
+def test_codes_of_another_shape_than_the_manifests_are_refused(tmp_path: Path) -> None:
+    run_dir = make_set(tmp_path / "set")
+    storage = open_storage(str(run_dir))
+    write_manifest(storage, read_manifest(storage).model_copy(update={"codes_per_image": 64}))
+    with pytest.raises(ArtifactError, match=r"codes must be \(views, T\) = \(1, 64\), got \(1, 16\); tokenize again"):
+        export(run_dir, tmp_path / "out")
+
+
+def test_two_exports_never_write_one_folder_at_once(tmp_path: Path) -> None:
+    run_dir = make_set(tmp_path / "set")
+    with (
+        open_storage(str(tmp_path / "out" / "code_c2i")).exclusive(),
+        pytest.raises(ArtifactError, match=r"one job at a time"),
+    ):
+        export(run_dir, tmp_path / "out")
 
 
 def test_a_shard_with_other_samples_than_the_manifest_counts_is_refused(tmp_path: Path) -> None:
