@@ -266,3 +266,13 @@ def test_psnr_of_known_errors() -> None:
     off[1] += 1
     off[2] += 255
     np.testing.assert_allclose(psnr_of_images(off, black), [78.13, 48.13, 0.0], atol=0.01)
+
+
+def test_the_network_sees_one_batch_shape_only(tiny_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_config(tiny_path))
+    seen: list[tuple[int, ...]] = []
+    network = tokenizer._network
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    network.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:1])))
+    tokenizer.decode(tokenizer.encode(noise(7)))
+    assert seen == [(4, 3, 16, 16), (4, 3, 16, 16), (4,), (4,)]
