@@ -17,6 +17,8 @@ from synthetic_shards import train_config, write_shard_set
 from training.checkpoint import list_checkpoints, newest_whole_checkpoint, read_record, verify_checkpoint
 from training.config import TrainConfig
 from training.metrics import read_metrics
+from training.tensorar import build_model
+from training.weights import save_model
 
 SCRIPT = Path(__file__).parents[1] / "run_training.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -221,3 +223,14 @@ def test_dropped_labels_train_the_null_label_alone(one_step: tuple[Path, Any, An
     moved = (after[name] - before[name] * (1 - 1e-3 * 0.05)).abs().amax(dim=1)
     assert moved[:-1].max().item() < 1e-7
     assert moved[-1].item() > 5e-4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", shards, warm_start=str(tmp_path / "nan.safetensors"), validation=None)
+    state = build_model(config.model).state_dict()
+    state["base.norm.weight"].fill_(float("nan"))
+    save_model(tmp_path / "nan.safetensors", state, config=config.model, fingerprint=None, step=0)
+    code, output = run(config, num_ranks=1)
+    assert code != 0
+    assert "train step 1: loss must be finite, got nan; lower optimizer.learning_rate" in output
+    assert list_checkpoints(tmp_path / "run") == []

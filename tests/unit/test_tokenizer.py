@@ -274,3 +274,13 @@ def test_a_compiled_encoder_gives_nearly_the_same_codes_under_a_fingerprint_of_i
     compiled = Tokenizer.load(SHIPPED.model_copy(update={"compile_mode": "default"}))
     assert (compiled.encode(images) == Tokenizer.load(SHIPPED).encode(images)).mean() > 0.995
     assert compiled.fingerprint.digest != Tokenizer.load(SHIPPED).fingerprint.digest
+
+
+def test_the_network_sees_one_batch_shape_only(tiny_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_config(tiny_path))
+    seen: list[tuple[int, ...]] = []
+    network = tokenizer._network
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    network.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:1])))
+    tokenizer.decode(tokenizer.encode(noise(7)))
+    assert seen == [(4, 3, 16, 16), (4, 3, 16, 16), (4,), (4,)]
