@@ -21,7 +21,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.config import TokenizeConfig
 from pipeline.sources.plan import KeyFormat, WorkUnit
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageFullError
 from pipeline.worker import Finished, UnitTokenizer
 
 POLL_INTERVAL_S = 0.5
@@ -93,7 +93,7 @@ class WorkerPool:
         Closing the iterator ends the workers; what they have not committed is lost.
 
         Raises:
-            ArtifactError: workers only die or do not start; no unit is to blame.
+            ArtifactError: workers only die or do not start, or the disk is full; no unit is to blame.
         """
         self._waiting.extend(units)
         for _ in range(min(self._config.cluster.num_workers, len(self._waiting))):
@@ -149,6 +149,8 @@ class WorkerPool:
             result = ray.get(reference)
         except RayTaskError as error:
             cause = getattr(error, "cause", error)
+            if isinstance(cause, StorageFullError):
+                raise cause from error  # every other unit would be encoded in vain
             yield from self._retry(unit, f"{type(cause).__name__}: {cause}", is_final=isinstance(cause, ArtifactError))
         except RayError as error:  # the worker is gone: killed, out of memory, or its machine lost
             self._last_problem = problem = f"its worker died: {_last_line(error)}"

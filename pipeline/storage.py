@@ -26,6 +26,10 @@ class ArtifactError(RuntimeError):
     """An artifact is missing, damaged, of another make, or cannot be written; the message says what to do."""
 
 
+class StorageFullError(ArtifactError):
+    """There is no room for another file; nothing else that a job could try will help."""
+
+
 class FileInfo(NamedTuple):
     """What a listing says of a file.
 
