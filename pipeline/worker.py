@@ -1,8 +1,9 @@
 """One work unit, from its input files to its ledger record; no Ray in here.
 
 The invariant: what a unit's files contain depends on its input, the spec and the weights, never on the worker, and its
-record is written last. Reading, decoding and cropping run in threads ahead of the encoder, which sees full batches
-that straddle samples; a worker may hold two units, so that one is committed (fsync, upload) while the next encodes.
+record is written last. Reading, decoding and cropping run in threads ahead of the encoder where a worker has cores for
+them; the encoder sees full batches that straddle samples. A worker may hold two units, so that one is committed (fsync,
+upload) while the next encodes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -84,12 +86,13 @@ class UnitTokenizer:
             ArtifactError: the weights that this process sees are others.
         """
         self._config, self._keys = config, keys
+        num_threads = max(1, int(config.cluster.cpus_per_worker))
         self._storage = open_storage(config.run_dir, s3=config.s3)
         self._source = RetrySource(make_source(config.source, s3=config.s3))
         self._tokenizer = Tokenizer.load(
             config.tokenizer,
             device="cuda" if config.cluster.gpus_per_worker > 0 else "cpu",
-            num_threads=max(1, int(config.cluster.cpus_per_worker)),
+            num_threads=num_threads,
         )
         digest = self._tokenizer.fingerprint.digest
         if digest != fingerprint_digest:
@@ -97,7 +100,9 @@ class UnitTokenizer:
                 f"load tokenizer {config.tokenizer.weights}: fingerprint must be {fingerprint_digest} everywhere, "
                 f"got {digest}; copy the same weights to all of them"
             )
-        self._threads = ThreadPoolExecutor(max(1, int(config.cluster.cpus_per_worker)), thread_name_prefix="prepare")
+        # On one core with the encoder a thread only takes turns with it, and each turn costs both.
+        has_own_core = config.cluster.gpus_per_worker > 0 or num_threads > 1
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare") if has_own_core else None
         self._encoder = threading.Lock()
         self._running: dict[int, _Unit] = {}
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -121,13 +126,7 @@ class UnitTokenizer:
 
     def _run(self, under_way: _Unit) -> Finished:
         unit, stem = under_way.unit, under_way.stem
-        with prepared_ahead(
-            self._read(under_way),
-            lambda samples: self._prepare(under_way, samples),
-            threads=self._threads,
-            group_size=SAMPLES_PER_GROUP,
-            num_groups_ahead=NUM_GROUPS_AHEAD,
-        ) as prepared:
+        with self._prepared(under_way) as prepared:
             shard, mark = self._write_shard(under_way, self._encode(under_way, prepared))
         if under_way.rejects:
             with under_way.timed("commit"):
@@ -146,6 +145,19 @@ class UnitTokenizer:
             retried=_retried(unit, keys=self._keys),
         )
         return Finished(record=record, record_mark=write_record(self._storage, stem, record).mark)
+
+    def _prepared(self, under_way: _Unit) -> AbstractContextManager[Iterator[PreparedSample | Reject]]:
+        """Return a context with the samples of a unit, prepared in threads ahead of it where it has cores for them."""
+        samples = self._read(under_way)
+        if self._threads is None:
+            return contextlib.nullcontext(one for sample in samples for one in self._prepare(under_way, [sample]))
+        return prepared_ahead(
+            samples,
+            lambda group: self._prepare(under_way, group),
+            threads=self._threads,
+            group_size=SAMPLES_PER_GROUP,
+            num_groups_ahead=NUM_GROUPS_AHEAD,
+        )
 
     def _read(self, under_way: _Unit) -> Iterator[InputSample]:
         samples = self._source.read(under_way.unit)
