@@ -132,7 +132,8 @@ class Encode:
             for data in batch["png"]
         ]
         codes = self._tokenizer.encode(np.stack(images)).astype(np.uint16)
-        return {"__key__": batch["__key__"], "json": batch["json"], "codes.npy": list(codes)}
+        metadata = [json.loads(text) for text in batch["json"]]
+        return {"__key__": batch["__key__"], "json": metadata, "codes.npy": list(codes)}
 
 
 def ray_data_seconds(urls: list[str], output: Path) -> float:
@@ -152,7 +153,7 @@ def peak_memory(result: dict[str, float]) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(1.0):
+        while not done.wait(5.0):  # looking costs time too
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:

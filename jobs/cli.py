@@ -184,6 +184,18 @@ def preview(*, directory: str, endpoint_url: str | None, output: Path | None) ->
 
 
 @main.command()
+@DIRECTORY
+@ENDPOINT_URL
+@click.option("--to", type=click.Choice(["llamagen"]), required=True, help="llamagen: npy files of a shard set.")
+@click.option("--output", required=True, help="Directory or s3:// URL to write below.")
+def export(*, directory: str, endpoint_url: str | None, to: str, output: str) -> None:
+    """Write what DIR holds in the layout of another project; running it again resumes it."""
+    from jobs.export import export_directory  # noqa: PLC0415  (imports numpy)
+
+    click.echo(export_directory(directory, to=to, output=output, s3=S3Config(endpoint_url=endpoint_url)))
+
+
+@main.command()
 @RUN_ROOT
 @DATA_ROOT
 def report(*, run_root: Path, data_root: Path) -> None:

@@ -40,7 +40,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
 
-A corpus or weights that have moved are told from others by their fingerprints.
+A directory may move. A corpus or weights that have moved are told from others by their fingerprints.
 """
 
 BEGUN_WITH = {
@@ -156,4 +156,4 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_free(name: str, kind: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS[kind])
+    return name == "run_dir" or any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS[kind])

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 
 import ray
@@ -18,6 +19,7 @@ from pipeline.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Shared memory of an embedded session; our tasks pass paths and counts, never images."""
+CONNECT_TIMEOUT_S = 10.0
 BUSY_SIGNS = ("timed out during startup", "Failed to connect to GCS")
 """What Ray's errors say when its own limits of about 30 s passed while its processes were starting."""
 
@@ -33,7 +35,7 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
         log_to_driver: whether what workers print appears here.
 
     Raises:
-        ConnectionError: no cluster answers at the address.
+        ConnectionError: no cluster answers at the address; the message says what to do.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporter needs the dashboard agent
@@ -49,12 +51,27 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
     if config.address == "local":
         _start_local(config, log_to_driver=log_to_driver)
     else:
-        ray.init(address=config.address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        _join(config.address, log_to_driver=log_to_driver)
     logger.info("ray session: address=%s num_workers=%d", config.address, config.num_workers)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, *, log_to_driver: bool) -> None:
+    """Join a cluster. Ray itself would wait for minutes at an address where nobody listens."""
+    advice = "check cluster.address, start a cluster there (ray start --head), or set cluster.address: local"
+    host, colon, port = address.rpartition(":")
+    try:
+        if colon and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+    except OSError as error:  # Ray's ConnectionError included
+        reason = " ".join(str(error.strerror or error).split()).rstrip(".").lower()
+        raise ConnectionError(
+            f"join ray cluster: a cluster must answer at {address!r}, got {reason}; {advice}"
+        ) from error
 
 
 def _start_local(config: ClusterConfig, *, log_to_driver: bool) -> None:

@@ -11,6 +11,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from tokenization.config import Config, Fraction, TokenizerConfig, ViewsConfig
 
+Seed = Annotated[int, Field(ge=0, lt=2**56)]
+"""What every counter-based draw is keyed by."""
+
 
 class ListedFilesConfig(Config):
     """Base of the sources whose files are named one by one."""
@@ -154,5 +157,5 @@ class LoaderConfig(Config):
     """Directory of a shard set (the `run_dir` of a tokenize job)."""
     shuffle_window_shards: PositiveInt = 16
     """Shards whose samples are shuffled together."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the order; order = f(seed, epoch)."""

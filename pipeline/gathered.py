@@ -45,24 +45,22 @@ class Ledger:
         self._committed = {stem_of(name): info for name, info in listing.items() if name.endswith(".json")}
         self._ungathered: list[_Line] = []
 
-    def __len__(self) -> int:
-        return len(self._committed)
-
     def records(self) -> Iterator[tuple[str, LedgerRecord | ArtifactError]]:
-        """Yield the record of every unit, or what is wrong with it, by the unit's digits; in no fixed order."""
-        unseen = dict(self._committed)
+        """Yield the record of every unit, or what is wrong with it, by the unit's digits, once; in no fixed order."""
+        unseen, self._committed = self._committed, {}
         for line in self._gathered():
             if unseen.get(line.stem) == FileInfo(num_bytes=len(line.record), mark=line.mark):
                 del unseen[line.stem]
                 yield line.stem, self._parsed(line)
         with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
             for stems in _batched(list(unseen), RECORDS_PER_FILE):
-                for stem, data in zip(stems, threads.map(self._read, stems), strict=True):
-                    if isinstance(data, ArtifactError):
-                        yield stem, data
-                    else:
-                        self._ungathered.append(_Line(stem, unseen[stem].mark, data))
-                        yield stem, self._parsed(self._ungathered[-1])
+                for part in threads.map(self._read_all, _batched(stems, RECORDS_PER_FILE // NUM_READ_THREADS)):
+                    for stem, data in part:
+                        if isinstance(data, ArtifactError):
+                            yield stem, data
+                        else:
+                            self._ungathered.append(_Line(stem, unseen[stem].mark, data))
+                            yield stem, self._parsed(self._ungathered[-1])
                 if len(self._ungathered) >= RECORDS_PER_FILE:
                     self.gather()
 
@@ -93,11 +91,14 @@ class Ledger:
         for name in reversed(self._gathered_names):  # the newest word on a unit comes first
             try:
                 with self._storage.open(name) as file:
-                    columns = pq.read_table(file, schema=_SCHEMA).to_pydict()
+                    columns = pq.ParquetFile(file).read(use_threads=False).to_pydict()
             except (OSError, pa.ArrowException) as error:
                 logger.warning("read %s: %s; its records are read one by one", self._storage.url_of(name), error)
                 continue
             yield from map(_Line, columns["stem"], columns["mark"], columns["record"])
+
+    def _read_all(self, stems: list[str]) -> list[tuple[str, bytes | ArtifactError]]:
+        return [(stem, self._read(stem)) for stem in stems]
 
     def _read(self, stem: str) -> bytes | ArtifactError:
         try:

@@ -132,7 +132,7 @@ def poison_name(stem: str) -> str:
 
 def stem_of(name: str) -> str:
     """Return a unit's digits from the name of any of its files."""
-    return PurePosixPath(name).name.partition(".")[0]
+    return name.rpartition("/")[2].partition(".")[0]
 
 
 def files_problem(record: LedgerRecord, *, stem: str, files: Mapping[str, FileInfo]) -> str | None:

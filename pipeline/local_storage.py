@@ -8,6 +8,7 @@ fsync of the file and one of its directory for every commit (milliseconds; a sha
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage, json_bytes
+from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage, StorageFullError, json_bytes
 
 STAGED_PREFIX = ".staged-"
 HASH_BLOCK_BYTES = 1 << 20
@@ -55,8 +56,13 @@ def stage(path: Path) -> Iterator[Path]:
     try:
         yield staged_path
         commit(staged_path, path)
-    except BaseException:
+    except BaseException as error:
         _remove_any(staged_path)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = (error.strerror or "disk full").lower()
+            raise StorageFullError(
+                f"write {path}: {reason}; free some space and run the same command again, what is committed is kept"
+            ) from error
         raise
 
 
@@ -216,17 +222,18 @@ class LocalStorage(Storage):
 def _scan(directory: Path, *, prefix: str, start: str = "") -> Iterator[tuple[str, FileInfo]]:
     """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out."""
     try:
-        entries = list(os.scandir(directory))
+        entries = os.scandir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return
-    for entry in entries:
-        if entry.name.startswith(".") or not entry.name.startswith(start):
-            continue
-        if entry.is_dir():
-            yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
-        else:
-            with contextlib.suppress(FileNotFoundError):  # removed in between
-                yield prefix + entry.name, _info(entry.stat())
+    with entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.name.startswith(start):
+                continue
+            if entry.is_dir():
+                yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
+            else:
+                with contextlib.suppress(FileNotFoundError):  # removed in between
+                    yield prefix + entry.name, _info(entry.stat())
 
 
 def _info(status: os.stat_result) -> FileInfo:

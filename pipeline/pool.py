@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.config import TokenizeConfig
 from pipeline.sources.plan import KeyFormat, WorkUnit
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageFullError
 from pipeline.worker import Finished, UnitTokenizer
 
 POLL_INTERVAL_S = 0.5
@@ -29,6 +29,8 @@ START_WARNING_INTERVAL_S = 60.0
 UNITS_PER_WORKER = 2
 """One that encodes, and one that is committed or read ahead."""
 NODE_LOST_SIGN = "its node has died"
+MAX_LOSSES = 10
+"""Lost nodes that a unit may have been on before it is suspect itself."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class WorkerPool:
         self._num_read_of: dict[Any, int] = {}
         self._problems: defaultdict[int, list[str]] = defaultdict(list)
         self._deaths_with: Counter[int] = Counter()
+        self._losses_with: Counter[int] = Counter()
         self._deaths_in_a_row = 0
         self._last_problem = ""
         self._warned_s = time.monotonic()
@@ -90,7 +93,7 @@ class WorkerPool:
         Closing the iterator ends the workers; what they have not committed is lost.
 
         Raises:
-            ArtifactError: workers only die or do not start; no unit is to blame.
+            ArtifactError: workers only die or do not start, or the disk is full; no unit is to blame.
         """
         self._waiting.extend(units)
         for _ in range(min(self._config.cluster.num_workers, len(self._waiting))):
@@ -146,12 +149,14 @@ class WorkerPool:
             result = ray.get(reference)
         except RayTaskError as error:
             cause = getattr(error, "cause", error)
+            if isinstance(cause, StorageFullError):
+                raise cause from error  # every other unit would be encoded in vain
             yield from self._retry(unit, f"{type(cause).__name__}: {cause}", is_final=isinstance(cause, ArtifactError))
         except RayError as error:  # the worker is gone: killed, out of memory, or its machine lost
             self._last_problem = problem = f"its worker died: {_last_line(error)}"
             if worker in self._units_of:
                 self._replace(worker)
-            if NODE_LOST_SIGN in str(error):
+            if self._is_node_lost(unit, error):
                 logger.warning("unit %d (%s) is tried again: its node was lost", unit.unit_index, unit.name)
                 self._waiting.append(unit)
                 return
@@ -163,6 +168,13 @@ class WorkerPool:
             self._deaths_with.pop(unit.unit_index, None)
             assert isinstance(result, Finished)
             yield result
+
+    def _is_node_lost(self, unit: WorkUnit, error: RayError) -> bool:
+        """Whether the machine of a worker is gone, or cannot be reached, which is no attempt of the unit's."""
+        if not (isinstance(error, ActorUnavailableError) or NODE_LOST_SIGN in str(error)):
+            return False
+        self._losses_with[unit.unit_index] += 1
+        return self._losses_with[unit.unit_index] <= MAX_LOSSES
 
     def _collect_start(self, reference: Any) -> None:
         worker = self._starting.pop(reference)

@@ -42,7 +42,7 @@ class CodebookUsage:
         codebook_size: codes there are.
         perplexity: effective number of codes, 2 to the entropy; equals `codebook_size` if all are equally frequent.
         num_samples: samples looked at.
-        bars: share of all codes per bar, most frequent codes first, each in [0, 1].
+        bars: mean share of all codes that a code of the bar has, most frequent codes first, each in [0, 1].
     """
 
     num_used: int
@@ -169,7 +169,7 @@ def _codebook_usage(storage: Storage, manifest: Manifest) -> CodebookUsage:
         num_samples += 1
     share = np.sort(counts)[::-1] / max(1, counts.sum())
     positive = share[share > 0]
-    bars = [float(part.sum()) for part in np.array_split(share, min(NUM_HISTOGRAM_BARS, codebook_size))]
+    bars = [float(part.mean()) for part in np.array_split(share, min(NUM_HISTOGRAM_BARS, codebook_size))]
     return CodebookUsage(
         num_used=int((counts > 0).sum()),
         codebook_size=codebook_size,

@@ -78,7 +78,7 @@ def read_rejects(storage: Storage, name: str) -> list[Reject]:
     """
     try:
         with storage.open(name) as file:
-            return [Reject(**line) for line in pq.read_table(file).to_pylist()]
+            return [Reject(**line) for line in pq.ParquetFile(file).read().to_pylist()]
     except (OSError, pa.ArrowException, ValidationError, TypeError) as error:
         raise ArtifactError(
             f"read {storage.url_of(name)}: must be a rejects table, got {error}; rerun the tokenize job"

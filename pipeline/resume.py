@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, files_problem, shard_name, stem_of
-from pipeline.retry import RetrySource
+from pipeline.retry import RetryDetails, RetrySource
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
@@ -99,7 +99,8 @@ def find_finished(
     Raises:
         ArtifactError: a record speaks of another input file or tokenizer than the plan does.
     """
-    files = storage.list("shards/") | storage.list("rejects/")
+    files = storage.list("shards/")
+    files.update(storage.list("rejects/"))
     tally, doubtful = Tally(), list[LedgerRecord]()
     inputs_when_retried: dict[str, set[str]] = {}
     for stem, record in ledger.records():
@@ -117,10 +118,11 @@ def find_finished(
                 doubtful.append(record)
                 continue
         _redo(ledger, stem, plan=plan, reason=str(reason))
+    to_retry = _inputs_to_retry(plan, tally=tally)
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
-        if unit.fingerprint in inputs_when_retried.get(stem, ()):
-            tally.add(record)  # its input was mended for `retry-rejects`, which has read what became of its rejects
+        if record.unit_index in to_retry or unit.fingerprint in inputs_when_retried.get(stem, ()):
+            tally.add(record)  # its input was mended for `retry-rejects`, which reads what became of its rejects
             continue
         reason = _input_reason(unit, record, source=source)
         if reason is None:
@@ -132,8 +134,18 @@ def find_finished(
             )
         else:
             _redo(ledger, stem, plan=plan, reason=reason)
-    committed = {plan.keys.stem(unit.unit_index) for unit in plan.units if unit.unit_index in tally}
-    return Found(tally=tally, uncommitted=tuple(name for name in files if stem_of(name) not in committed))
+    return Found(tally=tally, uncommitted=tuple(name for name in files if not _is_of_tally(name, tally)))
+
+
+def _is_of_tally(name: str, tally: Tally) -> bool:
+    stem = stem_of(name)
+    return stem.isdigit() and int(stem) in tally
+
+
+def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
+    """Return the units whose rejects are about to be tried again."""
+    appended = [unit for unit in plan.units if isinstance(unit.details, RetryDetails) and unit.unit_index not in tally]
+    return {of_input.unit_index for unit in appended for of_input, _ in unit.details.picks}
 
 
 def _redo(ledger: Ledger, stem: str, *, plan: Plan, reason: str) -> None:

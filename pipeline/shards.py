@@ -31,7 +31,6 @@ from pipeline.ustar import (
     member_span,
     read_member,
 )
-from tokenization.config import Config
 
 CODES_EXTENSION = "codes.npy"
 JSON_EXTENSION = "json"
@@ -56,17 +55,21 @@ class ShardSample:
     metadata: dict[str, Any]
 
 
-class ShardInfo(Config):
-    """What a shard must look like; part of its ledger record and of the manifest."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """What a shard must look like; part of its ledger record and of the manifest. A driver holds one for each unit.
+
+    Attributes:
+        name: file name in `shards/`.
+        num_samples: samples, at least 1.
+        bytes: size of the tar in bytes.
+        sha256: of the whole tar, hex.
+    """
 
     name: str
-    """File name in `shards/`."""
     num_samples: int
-    """Samples, at least 1."""
     bytes: int
-    """Size of the tar in bytes."""
     sha256: str
-    """Of the whole tar, hex."""
 
 
 @dataclass(frozen=True, kw_only=True)

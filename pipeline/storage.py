@@ -11,10 +11,9 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pipeline.config import S3Config
 
@@ -27,8 +26,11 @@ class ArtifactError(RuntimeError):
     """An artifact is missing, damaged, of another make, or cannot be written; the message says what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
+class StorageFullError(ArtifactError):
+    """There is no room for another file; nothing else that a job could try will help."""
+
+
+class FileInfo(NamedTuple):
     """What a listing says of a file.
 
     Attributes:

@@ -58,12 +58,15 @@ class _Unit:
     rejects: list[Reject] = field(default_factory=list)
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def timed(self, stage_name: str) -> Iterator[None]:
+        """Add the seconds that the body takes to a stage; may be used in several threads."""
         start = time.perf_counter()
         yield
-        self.seconds[stage_name] += time.perf_counter() - start
+        with self.lock:
+            self.seconds[stage_name] += time.perf_counter() - start
 
 
 class UnitTokenizer:
@@ -126,11 +129,9 @@ class UnitTokenizer:
             num_groups_ahead=NUM_GROUPS_AHEAD,
         ) as prepared:
             shard, mark = self._write_shard(under_way, self._encode(under_way, prepared))
-        with under_way.timed("commit"):
-            if under_way.rejects:
+        if under_way.rejects:
+            with under_way.timed("commit"):
                 write_rejects(self._storage, rejects_name(stem), under_way.rejects)
-            else:
-                self._storage.remove(rejects_name(stem))
         record = LedgerRecord(
             unit_index=unit.unit_index,
             unit=unit.name,
@@ -158,21 +159,19 @@ class UnitTokenizer:
             yield sample
 
     def _prepare(self, under_way: _Unit, samples: list[InputSample]) -> list[PreparedSample | Reject]:
-        unit, start = under_way.unit, time.perf_counter()
-        limit = self._config.max_image_pixels
+        unit, limit = under_way.unit, self._config.max_image_pixels
         if isinstance(unit.details, RetryDetails):
             limit = unit.details.planned.max_image_pixels
-        prepared = [
-            prepare_sample(
-                sample,
-                key=self._keys.key(unit.unit_index, sample.position),
-                config=self._config,
-                max_image_pixels=limit,
-            )
-            for sample in samples
-        ]
-        under_way.seconds["crop"] += time.perf_counter() - start
-        return prepared
+        with under_way.timed("crop"):
+            return [
+                prepare_sample(
+                    sample,
+                    key=self._keys.key(unit.unit_index, sample.position),
+                    config=self._config,
+                    max_image_pixels=limit,
+                )
+                for sample in samples
+            ]
 
     def _encode(self, under_way: _Unit, prepared: Iterable[PreparedSample | Reject]) -> Iterator[ShardSample]:
         """Yield the usable samples with their codes; every batch but the last is full. Rejects are put aside."""

@@ -32,6 +32,8 @@ class Fingerprint(Config):
     """Images per encode call, padding included."""
     dtype: Literal["float32", "bfloat16"]
     """Arithmetic of the encoder."""
+    compile_mode: Literal["none", "default", "max-autotune"] = "none"
+    """How the encoder is compiled, which decides how it rounds."""
     preprocessing: Literal["adm_bicubic_v1"] = PREPROCESSING
     """How bytes become pixels: RGB on white, EXIF applied, ADM's halving and bicubic centre crop."""
     code_version: PositiveInt = CODE_VERSION

@@ -28,9 +28,13 @@ class Tokenizer:
             image_size_px=config.image_size_px,
             batch_size=config.batch_size,
             dtype=config.dtype,
+            compile_mode=config.compile_mode,
         )
         self._network = network.eval().requires_grad_(False)
         self._device = next(network.parameters()).device
+        self._encode = self._network.encode
+        if config.compile_mode != "none":
+            self._encode = torch.compile(self._encode, mode=config.compile_mode, dynamic=False)
 
     @classmethod
     def load(cls, config: TokenizerConfig, *, device: str = "cpu", num_threads: int | None = None) -> Tokenizer:
@@ -140,7 +144,7 @@ class Tokenizer:
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=use_bfloat16),
         ):
-            return self._network.encode(images_BCHW)
+            return self._encode(images_BCHW)
 
     @torch.inference_mode()
     def _decode_batch(self, codes_BHW: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import ClusterConfig, LoaderConfig
+from pipeline.config import ClusterConfig, LoaderConfig, Seed
 from tokenization.config import Config, Fraction, TokenizerConfig
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -23,8 +23,6 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """LlamaGen's named sizes: (layers, heads, model_dim)."""
 
 DType = Literal["float32", "bfloat16"]
-Seed = Annotated[int, Field(ge=0, lt=2**56)]
-"""What every counter-based draw is keyed by."""
 
 
 class ModelConfig(Config):

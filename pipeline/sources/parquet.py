@@ -1,7 +1,8 @@
 """Parquet files with a column of images; a run of row groups is a work unit, so a plan costs the files' footers.
 
-The invariant: only the named columns are read, and in batches, so a worker holds `ROWS_PER_BATCH` images of a row group
-of any size. A file that cannot hold what the spec says fails the plan; a damaged row group fails its unit.
+The invariant: only the named columns are read, and page by page: a worker holds a few pages of a row group of any size
+(21 MB for 400 MB of images in small pages, 450 MB in pyarrow's default pages of 1,024 rows). A file that cannot hold
+what the spec says fails the plan; a damaged row group fails its unit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 from s3_faults import FaultPlan, fault_proxy
 from s3_server import S3Server
 
-from pipeline import s3_lock, s3_staging, s3_upload
+from pipeline import s3_lock, s3_staging
 from pipeline.config import S3Config
 from pipeline.s3_storage import S3Storage
 from pipeline.storage import ArtifactError, open_storage
@@ -174,11 +174,6 @@ def test_a_large_file_is_committed_in_parts(storage: S3Storage, monkeypatch: pyt
         assert proxy.counts == expected
     is_equal = storage.map("a") == data
     assert is_equal
-
-
-def test_parts_grow_where_10000_of_16_mib_are_too_few() -> None:
-    assert s3_upload.part_bytes_for(10_000 * (16 << 20)) == 16 << 20
-    assert s3_upload.part_bytes_for(5 << 40) * 10_000 >= 5 << 40
 
 
 def test_an_upload_of_a_killed_process_is_invisible_and_removed(

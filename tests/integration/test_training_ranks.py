@@ -17,6 +17,8 @@ from synthetic_shards import train_config, write_shard_set
 from training.checkpoint import list_checkpoints, newest_whole_checkpoint, read_record, verify_checkpoint
 from training.config import TrainConfig
 from training.metrics import read_metrics
+from training.tensorar import build_model
+from training.weights import save_model
 
 SCRIPT = Path(__file__).parents[1] / "run_training.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -179,3 +181,56 @@ def test_model_that_does_not_fit_the_codes_is_refused(shards: Path, tmp_path: Pa
     assert code != 0
     assert "model.codebook_size must be that of the codes = 16, got 17; set model.codebook_size: 16" in output
     assert json.loads((tmp_path / "wrong.json").read_text())["model"]["codebook_size"] == 17
+
+
+def test_the_loss_is_that_of_the_offsets_by_their_weights(finished: Path) -> None:
+    for line in read_metrics(finished):
+        first, *others = line["loss_of_offset"]
+        assert line["loss"] == pytest.approx((first + 0.5 * sum(others)) / 2.5, rel=1e-6)
+
+
+def test_validation_measures_the_kept_code_after_own_drafts_too(finished: Path) -> None:
+    lines = [line for line in read_metrics(finished) if line["split"] == "validation"]
+    assert all(0 < abs(line["own_draft_loss_0"] - line["loss_of_offset"][0]) < 0.5 for line in lines)
+
+
+@pytest.fixture(scope="module")
+def one_step(finished: Path, shards: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """One step from the weights of `finished`, every label dropped: the run, and weights before and after."""
+    changes = {"engine__dtype": "float32", "model__label_dropout": 1.0, "num_steps": 1, "warm_start": str(finished)}
+    run_dir = finished.parent / "one_step"
+    code, output = run(config_of(run_dir, shards, **changes), num_ranks=1)
+    assert code == 0, output
+    before, after = (load_file(list_checkpoints(path)[-1] / "model.safetensors") for path in (finished, run_dir))
+    return run_dir, before, after
+
+
+def test_a_warm_start_begins_with_the_weights_it_names(one_step: tuple[Path, Any, Any]) -> None:
+    assert read_metrics(one_step[0])[0]["loss"] < 2.7  # a fresh model's is ln 16 = 2.77
+
+
+def test_the_first_step_moves_weights_by_its_warmed_up_learning_rate(one_step: tuple[Path, Any, Any]) -> None:
+    _, before, after = one_step
+    name = "base.layers.0.attention.wqkv.weight"
+    # The first step of Adam is the learning rate, whatever the gradient: 3e-3 after 3 steps of warm-up, so 1e-3.
+    moved = (after[name] - before[name] * (1 - 1e-3 * 0.05)).abs()
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_dropped_labels_train_the_null_label_alone(one_step: tuple[Path, Any, Any]) -> None:
+    _, before, after = one_step
+    name = "base.cls_embedding.embedding_table.weight"
+    moved = (after[name] - before[name] * (1 - 1e-3 * 0.05)).abs().amax(dim=1)
+    assert moved[:-1].max().item() < 1e-7
+    assert moved[-1].item() > 5e-4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", shards, warm_start=str(tmp_path / "nan.safetensors"), validation=None)
+    state = build_model(config.model).state_dict()
+    state["base.norm.weight"].fill_(float("nan"))
+    save_model(tmp_path / "nan.safetensors", state, config=config.model, fingerprint=None, step=0)
+    code, output = run(config, num_ranks=1)
+    assert code != 0
+    assert "train step 1: loss must be finite, got nan; lower optimizer.learning_rate" in output
+    assert list_checkpoints(tmp_path / "run") == []

@@ -75,6 +75,14 @@ def test_units_are_runs_of_row_groups_and_never_span_two_files(tmp_path: Path) -
     assert [position for position, _, _ in read[0]] == [0, 1, 2, 3, 4, 5]
 
 
+def test_positions_go_on_over_batches_and_row_groups(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"%d" % row for row in range(200)]}, row_group_size=70)
+    source = source_of(path, row_groups_per_unit=2)
+    first, second = ([(sample.position, sample.data) for sample in source.read(unit)] for unit in source.plan().units)
+    assert first == [(row, b"%d" % row) for row in range(140)]
+    assert second == [(row - 140, b"%d" % row) for row in range(140, 200)]
+
+
 def test_keys_are_as_wide_as_the_largest_unit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"image": [b""] * 1001}, row_group_size=1001)
     assert source_of(path).plan().keys.key(0, 7) == "000000007"

@@ -221,3 +221,16 @@ def test_counts_come_from_the_rejects() -> None:
 def test_every_field_on_disk_is_described() -> None:
     for model in (LedgerRecord, Manifest, Counts):
         assert all(field.description for name, field in model.model_fields.items())
+
+
+def test_verify_finds_a_shard_that_is_cut_at_any_block_or_whose_bytes_are_another_shards(root: Path) -> None:
+    shards, storage = root / "set" / "shards", open_storage(str(root / "set"))
+    whole = (shards / "00001.tar").read_bytes()
+    for cut in range(0, len(whole), 512):
+        (shards / "00001.tar").write_bytes(whole[:cut])
+        assert any("shards/00001.tar" in problem for problem in verify_shard_set(storage)), cut
+    (shards / "00001.tar").write_bytes((shards / "00000.tar").read_bytes())
+    (shards / "00000.tar").write_bytes(whole)
+    problems = "\n".join(verify_shard_set(storage))
+    assert "shards/00000.tar: sha256 differs" in problems
+    assert "shards/00001.tar: sha256 differs" in problems

@@ -132,7 +132,7 @@ def test_digest_is_the_hash_of_the_canonical_json() -> None:
         weights_sha256="ab", network=TINY, image_size_px=16, batch_size=4, dtype="float32", code_version=1
     )
     canonical = (
-        '{"batch_size":4,"code_version":1,"dtype":"float32","image_size_px":16,"network":{"channel_multipliers":[1,1],'
+        '{"batch_size":4,"code_version":1,"compile_mode":"none","dtype":"float32","image_size_px":16,"network":{"channel_multipliers":[1,1],'
         '"channels":32,"code_dim":8,"codebook_size":64,"num_norm_groups":32,"num_res_blocks":1,"stem_patch_px":1,"z_channels":32},'
         '"preprocessing":"adm_bicubic_v1","weights_sha256":"ab"}'
     )
@@ -266,3 +266,21 @@ def test_psnr_of_known_errors() -> None:
     off[1] += 1
     off[2] += 255
     np.testing.assert_allclose(psnr_of_images(off, black), [78.13, 48.13, 0.0], atol=0.01)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_nearly_the_same_codes_under_a_fingerprint_of_its_own() -> None:
+    images = held_out_images()
+    compiled = Tokenizer.load(SHIPPED.model_copy(update={"compile_mode": "default"}))
+    assert (compiled.encode(images) == Tokenizer.load(SHIPPED).encode(images)).mean() > 0.995
+    assert compiled.fingerprint.digest != Tokenizer.load(SHIPPED).fingerprint.digest
+
+
+def test_the_network_sees_one_batch_shape_only(tiny_path: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_config(tiny_path))
+    seen: list[tuple[int, ...]] = []
+    network = tokenizer._network
+    network.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    network.post_quant_conv.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:1])))
+    tokenizer.decode(tokenizer.encode(noise(7)))
+    assert seen == [(4, 3, 16, 16), (4, 3, 16, 16), (4,), (4,)]

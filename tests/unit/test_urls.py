@@ -91,6 +91,12 @@ def test_many_files_of_a_directory_cost_one_listing(tmp_path: Path, monkeypatch:
     assert calls == ["find 00007.tar"]
 
 
+def test_one_file_by_two_spellings_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a/0.tar")
+    with pytest.raises(ArtifactError, match=r"may be listed once, got '.*/a/\.\./a/0\.tar' again"):
+        names(tmp_path, f"{tmp_path}/*/0.tar", f"{tmp_path}/a/../a/0.tar")
+
+
 def test_hidden_files_are_found_by_name_and_by_no_pattern(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.tar" for number in range(10)), ".x.tar")
     assert names(tmp_path, f"{tmp_path}/*.tar") == [f"{number}.tar" for number in range(10)]

@@ -1,0 +1,84 @@
+"""What a machine does to a tokenize job: a node of a cluster is lost, a disk is full."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from tokenize_process import finish, num_records, start, wait_until
+from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
+
+from pipeline.config import TokenizeConfig
+from pipeline.status import read_status
+from pipeline.storage import open_storage
+from pipeline.verify import verify_shard_set
+
+NUM_UNITS = 24
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, its tokenizer, and in `whole/` the set of an uninterrupted run."""
+    root = tmp_path_factory.mktemp("corpus")
+    write_tiny_tokenizer(root / "tiny.safetensors")
+    write_tars(root / "tars", num_tars=NUM_UNITS, samples_per_tar=20)
+    tokenize_here(job(root, root / "whole"))
+    return root
+
+
+def job(corpus: Path, run_dir: Path, **fields: Any) -> TokenizeConfig:
+    source = {"kind": "webdataset", "urls": [f"{corpus}/tars/*.tar"]}
+    views = {"kind": "ten_crop"}
+    return tokenize_config(run_dir, source=source, weights=corpus / "tiny.safetensors", views=views, **fields)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for workers."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_lost_node_costs_its_units_in_flight_and_no_attempt(corpus: Path, tmp_path: Path, cluster: Cluster) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))
+    # A single attempt: if the loss of a node cost one, the job would fail.
+    config = job(corpus, run_dir, max_attempts=1, cluster={"address": cluster.address, "num_workers": 2})
+    driver = start(config, tmp_path)
+    wait_until(lambda: num_records(storage) >= 3, driver=driver)
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    finish(driver, tmp_path)
+    assert "its node was lost" in (tmp_path / "log.txt").read_text()
+    assert files_of(run_dir) == files_of(corpus / "whole")
+    assert verify_shard_set(storage) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB, too small for the set."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_fails_the_job_in_plain_words_and_a_larger_one_completes_it(
+    corpus: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    run_dir, storage = small_disk / "set", open_storage(str(small_disk / "set"))
+    config = job(corpus, run_dir)
+    driver = start(config, tmp_path)
+    assert driver.wait(timeout=240) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert ".tar: no space left on device; free some space and run the same command again" in log
+    assert "is set aside" not in log
+    assert 0 < read_status(storage).num_units_done < NUM_UNITS
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    finish(start(config, tmp_path), tmp_path)
+    assert files_of(run_dir) == files_of(corpus / "whole")
+    assert verify_shard_set(storage) == []

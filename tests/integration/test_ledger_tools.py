@@ -1,0 +1,162 @@
+"""What stands around a finished set: rejects tried again alone, codes encoded again, the state of a job told."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from toy_corpus import files_of, png, tokenize_config, write_folder, write_tiny_tokenizer
+
+from jobs.cli import main
+from pipeline.cluster import ray_session
+from pipeline.config import ClusterConfig, TokenizeConfig
+from pipeline.ledger import read_manifest, read_record
+from pipeline.rejects import read_rejects
+from pipeline.shards import read_shard
+from pipeline.storage import open_storage
+from pipeline.verify import verify_shard_set
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    """One Ray session for all jobs here; `run_tokenize` joins it."""
+    with ray_session(ClusterConfig(num_workers=2)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 18 images in units of 7, 4 of which are rejected, and in `set/` its finished shard set."""
+    root = tmp_path_factory.mktemp("finished")
+    write_tiny_tokenizer(root / "tiny.safetensors")
+    tree = write_folder(root / "tree", images_per_class=6)
+    (tree / "apple" / "2.png").write_bytes(b"no image")
+    (tree / "bear" / "1.png").write_bytes(png(101)[:-40])
+    (tree / "bear" / "5.png").write_bytes(png(105, width=300, height=300))
+    (tree / "car" / "0.png").write_bytes(b"")
+    run(root, "run")
+    return root
+
+
+@pytest.fixture
+def root(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished` of the test's own, specs that point to it included."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)  # copies modification times too
+    for path in (tmp_path / "spec.yaml", tmp_path / "set" / "spec.json"):
+        path.write_text(path.read_text().replace(str(finished), str(tmp_path)))
+    return tmp_path
+
+
+def spec_of(root: Path, **fields: Any) -> TokenizeConfig:
+    source = {"kind": "image_folder", "root": str(root / "tree"), "samples_per_unit": 7}
+    fields = {"max_rejected_fraction": 0.5, "max_image_pixels": 80_000, "cluster": {"num_workers": 1}} | fields
+    return tokenize_config(root / "set", source=source, weights=root / "tiny.safetensors", **fields)
+
+
+def run(root: Path, command: str, *words: str) -> Result:
+    (root / "spec.yaml").write_text(spec_of(root).model_dump_json())
+    result = CliRunner().invoke(main, [command, str(root / "spec.yaml"), *words])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def totals_of(root: Path) -> tuple[int, int, int]:
+    totals = read_manifest(open_storage(str(root / "set"))).totals
+    return totals.num_read, totals.num_written, totals.num_rejected
+
+
+def test_mended_samples_are_written_by_a_retry_and_the_ledger_balances(root: Path) -> None:
+    storage = open_storage(str(root / "set"))
+    before = files_of(root / "set")
+    assert totals_of(root) == (18, 14, 4)
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    (root / "tree" / "bear" / "1.png").write_bytes(png(101))
+    run(root, "retry-rejects")
+    assert totals_of(root) == (18, 16, 2)
+    assert read_manifest(storage).totals.rejected_by_reason == {"decode/empty": 1, "decode/too_many_pixels": 1}
+    assert verify_shard_set(storage) == []
+    old = {name for name in before if name.startswith("shards/") or name.startswith("rejects/")}
+    assert {name: files_of(root / "set")[name] for name in old} == {name: before[name] for name in old}
+    appended = [(sample.key, sample.metadata["source"]) for sample in read_shard(storage, "shards/00003.tar")]
+    assert appended == [("000030", "apple/2.png"), ("000031", "bear/1.png")]
+    assert read_record(storage, "00003").retried.keys == ["000002", "000010", "000014", "000015"]  # type: ignore[union-attr]
+    assert [reject.source for reject in read_rejects(storage, "rejects/00003.parquet")] == ["bear/5.png", "car/0.png"]
+
+
+def test_a_rerun_after_a_retry_has_nothing_to_do(root: Path) -> None:
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    before, ledger = files_of(root / "set"), sorted((root / "set" / "ledger").glob("*.json"))
+    times = [path.stat().st_mtime_ns for path in ledger]
+    run(root, "run")
+    assert files_of(root / "set") == before
+    assert [path.stat().st_mtime_ns for path in ledger] == times
+
+
+def test_a_second_retry_takes_only_what_the_first_left(root: Path) -> None:
+    run(root, "retry-rejects")
+    assert totals_of(root) == (18, 14, 4)
+    (root / "tree" / "car" / "0.png").write_bytes(png(200))
+    run(root, "retry-rejects", "--set", "max_image_pixels=100000")
+    assert totals_of(root) == (18, 16, 2)
+    storage = open_storage(str(root / "set"))
+    assert [sample.metadata["source"] for sample in read_shard(storage, "shards/00004.tar")] == [
+        "bear/5.png",
+        "car/0.png",
+    ]
+    assert not (root / "set" / "shards" / "00003.tar").exists()
+    assert verify_shard_set(storage) == []
+
+
+def test_a_retry_that_was_planned_and_killed_is_done_by_the_next_run(root: Path) -> None:
+    run(root, "retry-rejects")
+    whole = files_of(root / "set")
+    for name in ("ledger/00003.json", "rejects/00003.parquet", "manifest.json"):
+        (root / "set" / name).unlink()
+    run(root, "run")
+    assert files_of(root / "set") == whole
+
+
+def test_a_retry_of_an_unfinished_set_is_refused(root: Path) -> None:
+    (root / "set" / "manifest.json").unlink()
+    result = CliRunner().invoke(main, ["retry-rejects", str(root / "spec.yaml")])
+    assert result.exit_code == 1
+    assert "the set must be finished, got no manifest; run its job first" in result.output
+
+
+def test_codes_are_the_same_when_encoded_again(root: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", "--deep", str(root / "set")])
+    assert result.exit_code == 0, result.output
+    assert "a shard set; 0 of 224 codes of 14 samples differ when encoded again; everything is whole" in result.output
+
+
+def test_codes_of_another_image_are_noticed_by_a_deep_verify(root: Path) -> None:
+    """The corpus changed under the set, so its codes do not come out again."""
+    target = root / "tree" / "apple" / "0.png"
+    times = (target.stat().st_atime, target.stat().st_mtime)
+    target.write_bytes(png(999))
+    os.utime(target, times)
+    result = CliRunner().invoke(main, ["verify", "--deep", str(root / "set")])
+    assert result.exit_code == 1
+    assert "up to 0.00% may differ" in result.output
+
+
+def test_status_tells_what_is_done_and_what_was_rejected(root: Path) -> None:
+    (root / "set" / "ledger" / "00001.json").unlink()
+    (root / "set" / "manifest.json").unlink()
+    result = CliRunner().invoke(main, ["status", str(root / "set")])
+    assert result.exit_code == 0, result.output
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in result.output.splitlines()]
+    for cell in (["units done", "2 of 3"], ["samples read", "11"], ["rejected: decode/unknown_format", "1"]):
+        assert cell in cells
+    assert "ended" in result.output
+    assert "run the spec again" in result.output
+
+
+def test_status_of_a_directory_without_a_job_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["status", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "it must hold the plan.json of a tokenize job" in result.output
