@@ -21,7 +21,6 @@ from pipeline.shards import (
     WrittenShard,
     canonical_json,
     check_written,
-    index_path,
     open_shard,
     read_shard,
 )
@@ -38,6 +37,10 @@ def samples(num: int = 3) -> list[ShardSample]:
         )
         for position in range(num)
     ]
+
+
+def index_path(path: Path) -> Path:
+    return path.with_name(path.name + ".idx")
 
 
 def write(path: Path, *, codebook_size: int = 1024, num: int = 3) -> Path:
