@@ -1,7 +1,8 @@
 """Reading and writing tars against tarfile and webdataset on the same samples, one thread, in one run.
 
-Input tars hold a PNG-sized member of 3 KB and a JSON member a sample; shards hold one view of 64 codes and its
-metadata. Every way is timed in turn, `NUM_ROUNDS` times; the median counts. JSON lines; the last one holds the ratios.
+Input tars hold a PNG-sized member of 3 KB and a JSON member a sample, with a PAX header each as webdataset and
+img2dataset write them, or plain. Shards hold one view of 64 codes and its metadata. Every way is timed in turn,
+`NUM_ROUNDS` times; the median counts. JSON lines; the last one holds the ratios.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ from webdataset import tariterators
 from pipeline.local_storage import LocalStorage, sha256_of_file
 from pipeline.shards import ShardSample, ShardWriter, check_written, open_shard
 from pipeline.tars import read_members
+from pipeline.ustar import end_of_tar, member_bytes
 
 NUM_SAMPLES = 10_000
 NUM_ROUNDS = 5
 CODEBOOK_SIZE = 512
-SHARD, INPUT = "00000.tar", "input.tar"
 METADATA = {
     "caption": "a picture of a thing that is described in a few words",
     "label": 3,
@@ -40,12 +41,16 @@ METADATA = {
 }
 
 
-def write_input(path: Path) -> None:
-    """An input tar as img2dataset writes it, `json` before `png`."""
+def write_inputs(source: Path, plain: Path) -> None:
+    """Write the same members as img2dataset does, each behind a PAX header for its time, and as plain USTAR."""
     draw = random.Random(0)
-    with webdataset.TarWriter(str(path)) as writer:
+    with webdataset.TarWriter(str(source)) as writer:
         for number in range(NUM_SAMPLES):
             writer.write({"__key__": f"{number:09d}", "png": draw.randbytes(3000), "json": METADATA})
+    with source.open("rb") as file, plain.open("wb") as copy:
+        for member in read_members(file, where=str(source)):
+            copy.write(member_bytes(member.name, member.data))
+        copy.write(end_of_tar(copy.tell()))
 
 
 def make_samples() -> list[ShardSample]:
@@ -175,13 +180,16 @@ def main() -> None:
     """Print microseconds and samples/s of each way, then the ratios."""
     samples = make_samples()
     with tempfile.TemporaryDirectory() as folder:
-        source, shard, old_shard = (Path(folder) / name for name in (INPUT, SHARD, "old.tar"))
-        write_input(source)
+        source, plain, shard, old_shard = (Path(folder) / name for name in ("in.tar", "plain.tar", "0.tar", "old.tar"))
+        write_inputs(source, plain)
         times_us = median_us(
             {
                 "read input: read_members": lambda: read_with_members(source),
                 "read input: tarfile": lambda: read_with_tarfile(source),
                 "read input: webdataset": lambda: read_with_webdataset(source),
+                "read plain input: read_members": lambda: read_with_members(plain),
+                "read plain input: tarfile": lambda: read_with_tarfile(plain),
+                "read plain input: webdataset": lambda: read_with_webdataset(plain),
                 "write shard: ShardWriter": lambda: write_only(shard, samples),
                 "write and check shard: ShardWriter": lambda: write_with_shard_writer(shard, samples),
                 "write and check shard: tarfile": lambda: write_with_tarfile(old_shard, samples),
@@ -197,6 +205,7 @@ def main() -> None:
     ratios = {
         "ratio_read_tarfile": times_us["read input: tarfile"] / times_us["read input: read_members"],
         "ratio_read_webdataset": times_us["read input: webdataset"] / times_us["read input: read_members"],
+        "ratio_read_plain_tarfile": times_us["read plain input: tarfile"] / times_us["read plain input: read_members"],
         "ratio_write": times_us["write and check shard: tarfile"] / times_us["write and check shard: ShardWriter"],
         "ratio_read_shard": times_us["read shard: tarfile"] / times_us["read shard: ShardReader.sample"],
     }

@@ -93,11 +93,6 @@ class WrittenShard:
         return ShardInfo(name=name, num_samples=self.num_samples, bytes=self.num_bytes, sha256=self.sha256)
 
 
-def index_path(path: Path) -> Path:
-    """Return the path of a shard's index: `00000.tar` -> `00000.tar.idx`."""
-    return path.with_name(path.name + INDEX_EXTENSION)
-
-
 class ShardWriter:
     """Writes samples, in the order they are added, as one tar; `close` before reading it."""
 

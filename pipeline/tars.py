@@ -2,7 +2,7 @@
 
 The invariant: what is yielded is what GNU tar and tarfile would extract, byte for byte, or it is an `ArtifactError`. A
 tar must end in a zero block, so a cut at any byte that loses content is found; tarfile takes a cut between two members,
-or inside a header, for the end. No seeking: a member costs about 3 us here and about 50 us in tarfile.
+or inside a header, for the end. No seeking. A member costs 3 us, 8 with a PAX header; in tarfile seven times that.
 """
 
 from __future__ import annotations
@@ -221,14 +221,15 @@ def _read_extended_header(stream: _Stream, header: _Header) -> _Header:
             if data[header.size :] != bytes(padding_bytes(header.size)):  # its size is too small; tarfile reads on
                 raise ValueError(f"more than its {header.size} bytes")
             more_fields = _extension_fields(header.kind, data[: header.size])
-            if fields.keys() & more_fields.keys():
-                raise ValueError("two names or sizes")
-            fields |= more_fields
+            if more_fields:
+                if fields.keys() & more_fields.keys():
+                    raise ValueError("two names or sizes")
+                fields |= more_fields
             following = _read_header(stream)
             if following is None:
                 raise ValueError("no member after it")
             header = following
-        if not fields:
+        if not fields:  # most hold a time
             return header
         size = int(fields[b"size"]) if b"size" in fields else header.size
         return _Header(fields.get(b"path", header.name), size, header.kind)
@@ -248,7 +249,9 @@ def _extension_fields(kind: int, data: bytes) -> dict[bytes, bytes]:
             raise ValueError("a sparse member")
         if keyword in (b"path", b"size"):
             fields[keyword] = value.rstrip(b"/") if keyword == b"path" else value  # as tarfile has it
-    if fields and kind == ord("g"):
+    if not fields:
+        return fields
+    if kind == ord("g"):
         raise ValueError("one name or size for all members")
     if not fields.get(b"path", b"x") or not fields.get(b"size", b"0").isdigit():
         raise ValueError(f"a name or size that is none: {fields!r}")

@@ -21,7 +21,6 @@ from pipeline.shards import (
     WrittenShard,
     canonical_json,
     check_written,
-    index_path,
     open_shard,
     read_shard,
 )
@@ -38,6 +37,10 @@ def samples(num: int = 3) -> list[ShardSample]:
         )
         for position in range(num)
     ]
+
+
+def index_path(path: Path) -> Path:
+    return path.with_name(path.name + ".idx")
 
 
 def write(path: Path, *, codebook_size: int = 1024, num: int = 3) -> Path:
@@ -340,7 +343,9 @@ def test_metadata_that_is_no_json_object_is_named(content: bytes) -> None:
         reader.sample(0)
 
 
-@pytest.mark.parametrize("names", [("7.json", "7.codes.npy"), ("7.codes.npy", "8.json"), ("a.codes.npy", "a.json")])
+@pytest.mark.parametrize(
+    "names", [("7.json", "7.codes.npy"), ("7.npy", "7.json"), ("7.codes.npy", "8.json"), ("a.codes.npy", "a.json")]
+)
 def test_members_of_two_keys_or_other_names_are_no_sample(names: tuple[str, str]) -> None:
     data = member_bytes(names[0], npy_of_codes(np.zeros((1, 4), dtype=np.uint16))) + member_bytes(names[1], b"{}")
     with pytest.raises(ArtifactError, match="sample 0 must be codes and JSON of one key"):

@@ -150,7 +150,11 @@ def test_a_stream_may_give_a_few_bytes_at_a_time(piece_bytes: int) -> None:
 def test_members_may_straddle_and_exceed_what_is_read_at_once() -> None:
     members = [(f"{number}.bin", random.Random(number).randbytes(size)) for number, size in enumerate([300_001] * 9)]
     members += [("big.bin", random.Random(9).randbytes(2 * READ_BYTES + 77)), ("z.json", b"{}")]
-    assert read(make_tar(members)) == members
+    data = make_tar(members)
+    assert read(data) == members
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        offsets = [info.offset for info in tar]
+    assert [member.offset for member in read_members(io.BytesIO(data), where="t.tar")] == offsets
 
 
 def test_a_tar_without_members_is_empty() -> None:
@@ -270,6 +274,8 @@ def test_a_compressed_tar_is_named(compress: Callable[[bytes], bytes], name: str
 def test_a_short_compressed_tar_and_zstd_are_named() -> None:
     assert "got gzip" in refusal(gzip.compress(make_tar([("a.png", b"")])))
     assert "got zstd" in refusal(b"\x28\xb5\x2f\xfd" + bytes(600))
+    behind_a_member = make_tar([("a.png", b"hello")])[:1024] + gzip.compress(b"x" * 100) + bytes(1024)
+    assert "header or zero blocks at byte 1024, got a wrong checksum" in refusal(behind_a_member)
 
 
 def test_what_is_no_tar_is_refused() -> None:
