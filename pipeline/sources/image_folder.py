@@ -8,13 +8,13 @@ folders. A plan holds the names of its files compressed, about 5 bytes a sample;
 from __future__ import annotations
 
 import os
+import posixpath
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
 
 from pipeline.config import ImageFolderConfig, S3Config
 from pipeline.local_storage import LocalStorage
@@ -139,7 +139,7 @@ class ImageFolderSource(Source):
 
 def _with_sidecars(name: str, bits: int) -> dict[str, str]:
     """Return the files of an image: itself under "", its sidecars under their extensions."""
-    stem = name[: -len(PurePosixPath(name).suffix)]
+    stem, _ = posixpath.splitext(name)
     return {"": name} | {suffix: stem + suffix for bit, suffix in enumerate(SIDECARS) if bits >> bit & 1}
 
 
@@ -202,7 +202,8 @@ def _captioned_images(storage: Storage) -> Iterator[_ListedImage]:
             "use layout: class_per_folder or check source.root"
         )
     for name in names:
-        sidecars = [name[: -len(PurePosixPath(name).suffix)] + suffix for suffix in SIDECARS]
+        stem, _ = posixpath.splitext(name)
+        sidecars = [stem + suffix for suffix in SIDECARS]
         files = [(name, listing[name]), *((side, listing[side]) for side in sidecars if side in listing)]
         bits = sum(1 << bit for bit, side in enumerate(sidecars) if side in listing)
         yield _ListedImage(tuple(files), None, bits)
