@@ -1,8 +1,8 @@
 """A shard set in LlamaGen's layout: two npy files a sample, as its `extract_codes_c2i.py` writes and its trainer reads.
 
 The invariant: file i is the i-th sample of the set, and `export.json` counts the shards whose files are all committed,
-so a rerun goes on after the last of them. Memory is one shard's. Millions of small files are slow by nature (a second
-for some 1,000 samples); the layout leaves no choice.
+so a rerun goes on after the last of them. Memory is one shard's. Millions of small files are slow by nature (600 to
+1,000 samples a second on two cores); the layout leaves no choice.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pipeline.progress import LiveProgress
 from pipeline.rejects import Counts
 from pipeline.resume import Found, check_identity, find_finished
 from pipeline.retry import RetrySource, plan_retries, with_retries
-from pipeline.sidecars import write_sidecars
+from pipeline.sidecars import remove_sidecars, write_sidecars
 from pipeline.sources.plan import Plan
 from pipeline.sources.registry import make_source
 from pipeline.status import StatusFile
@@ -127,7 +127,8 @@ class _Job:
         waiting = [unit for unit in plan.units if unit.unit_index not in tally]
         if not waiting:
             return []
-        storage.remove(MANIFEST_NAME)  # it would speak of shards that are about to be replaced
+        storage.remove(MANIFEST_NAME)  # like the sidecars, it would speak of shards that are about to be replaced
+        remove_sidecars(storage)
         for name in found.uncommitted:
             storage.remove(name)
         known_poison = {stem_of(name) for name in storage.list("poison/")}

@@ -19,7 +19,8 @@ from toy_corpus import png, tokenize_config, tokenize_here, write_folder
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig, S3Config
 from pipeline.export import export_llamagen
-from pipeline.storage import open_storage
+from pipeline.storage import ArtifactError, open_storage
+from pipeline.tokenize import run_tokenize
 from tokenization.config import VQConfig
 from tokenization.weights_file import write_weights
 
@@ -205,3 +206,17 @@ def test_sidecars_are_the_same_bytes_in_every_run(root: Path, shard_set: Path) -
     for name in (".nv-meta/.info.json", ".nv-meta/split.yaml", ".nv-meta/dataset.yaml", "shardindex.json"):
         assert (again / name).read_bytes() == (shard_set / name).read_bytes()
     assert json.loads((again / "shardindex.json").read_bytes())["shardlist"][2]["url"] == "shards/00003.tar"
+
+
+def test_a_set_that_is_being_mended_has_no_sidecars(tmp_path: Path) -> None:
+    run_dir = make_gapped_set(tmp_path)
+    (run_dir / "shards" / "00003.tar").unlink()
+    torn = tmp_path / "tars" / "00003.tar"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: 6 * 512] + b"x" * (len(whole) - 6 * 512))
+    source = {"kind": "webdataset", "urls": [f"{tmp_path}/tars/{{00000..00003}}.tar"]}
+    config = tokenize_config(run_dir, source=source, weights=tmp_path / "tiny.safetensors", max_rejected_fraction=1)
+    with pytest.raises(ArtifactError):
+        run_tokenize(config, progress=False)
+    assert [path.name for path in (run_dir / ".nv-meta").iterdir()] == []
+    assert not (run_dir / "shardindex.json").exists()
