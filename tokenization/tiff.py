@@ -52,11 +52,9 @@ def open_tiff(data: bytes, *, max_pixels: int) -> Image.Image:
 def _check_layout(tags: ImageFileDirectory_v2) -> None:
     if set(_values(tags, _SAMPLE_FORMAT, default=_UNSIGNED)) != {_UNSIGNED}:
         raise undecodable("unsupported_mode", "the samples of a TIFF must be unsigned integers, got signed or floats")
-    most_bits = max(_values(tags, _BITS, default=1))
-    if most_bits > 16:
-        raise undecodable("unsupported_mode", f"the samples of a TIFF must have at most 16 bits, got {most_bits}")
     if _values(tags, _COMPRESSION, default=_UNCOMPRESSED)[0] != _UNCOMPRESSED:
         return
+    most_bits = max(_values(tags, _BITS, default=1))
     if most_bits > 8 and _values(tags, _PLANAR, default=1)[0] == _SEPARATE_PLANES:
         raise undecodable("unsupported_mode", f"uncompressed planes of a TIFF must have 8 bits, got {most_bits}")
     subsampled = set(_values(tags, _SUBSAMPLING, default=2)) != {1}

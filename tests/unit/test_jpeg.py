@@ -116,4 +116,4 @@ def test_endless_scans_are_rejected_before_they_are_decoded() -> None:
 
 def test_what_looks_like_scans_after_the_end_does_not_count() -> None:
     data = encoded(smooth_image(16, 16), "JPEG")
-    assert decode_image(data + b"\xff\xda\0\x02" * 500, max_pixels=LIMIT).size == (16, 16)
+    assert decode_image(data + b"\0\x02" + b"\xff\xda\0\x02" * 500, max_pixels=LIMIT).size == (16, 16)

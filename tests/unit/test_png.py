@@ -106,11 +106,11 @@ def test_only_the_named_colour_is_transparent(depth: int) -> None:
 
 
 def test_palette_entries_blend_with_white_by_their_own_alpha() -> None:
-    before = ((b"PLTE", bytes((10, 20, 30, 200, 100, 0, 7, 8, 9))), (b"tRNS", bytes((0, 128))))
+    before = ((b"PLTE", bytes((10, 20, 30, 201, 103, 0, 7, 8, 9))), (b"tRNS", bytes((0, 128))))
     png = png_file(3, 1, depth=8, colour=PALETTE, rows=[b"\0\1\2"], before=before)
     image = decode_image(png, max_pixels=3)
-    # 200 * 128 / 255 + 127 = 227.4, 100 * 128 / 255 + 127 = 177.2, 0 + 127; entries without an alpha are opaque.
-    assert [image.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (227, 177, 127), (7, 8, 9)]
+    # 201 * 128 / 255 + 127 = 227.9, 103 * 128 / 255 + 127 = 178.7, 0 + 127; entries without an alpha are opaque.
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (228, 179, 127), (7, 8, 9)]
 
 
 def test_a_transparent_colour_beside_an_alpha_channel_is_ignored() -> None:
