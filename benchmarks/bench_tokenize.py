@@ -2,7 +2,8 @@
 
 All on the same images, cores and encoder, in one run: 64 px PNGs (real emoji) in tars, the shipped tokenizer, one
 thread a worker. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; the Ray Data
-pipeline's comes from the difference of a long and a short run. JSON lines; the last one holds the ratios.
+pipeline's comes from the difference of a long and a short run. `--light` takes an encoder of random weights that costs
+next to nothing, so that what the two pipelines add is all that is seen. JSON lines; the last one holds the ratios.
 """
 
 import argparse
@@ -28,13 +29,25 @@ from pipeline.config import ClusterConfig, TokenizeConfig
 from pipeline.pool import PoolState, WorkerPool
 from pipeline.sources.registry import make_source
 from pipeline.worker import Finished
-from tokenization.config import TokenizerConfig
+from tokenization.config import TokenizerConfig, VQConfig
 from tokenization.crops import make_views
 from tokenization.decoding import decode_image
 from tokenization.tokenizer import Tokenizer
+from tokenization.vq import VQNetwork
+from tokenization.weights_file import write_weights
 
 PICTURES = sorted((Path(__file__).parents[1] / "tests" / "data" / "held_out_emoji").glob("*.png"))
-TOKENIZER = TokenizerConfig(weights="open-emoji-64", image_size_px=64, batch_size=32)
+BATCH_SIZE = 32
+SHIPPED = TokenizerConfig(weights="open-emoji-64", image_size_px=64, batch_size=BATCH_SIZE)
+LIGHT = VQConfig(
+    codebook_size=512,
+    channels=16,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    num_norm_groups=4,
+    z_channels=16,
+    stem_patch_px=4,
+)
 SAMPLES_PER_TAR = 500
 
 
@@ -55,17 +68,23 @@ def write_corpus(directory: Path, *, num_tars: int) -> str:
 
 def prepared_pictures() -> np.ndarray:
     """One batch of pictures as the encoder sees them, uint8 (32, 64, 64, 3)."""
-    images = [decode_image(path.read_bytes(), max_pixels=10**6) for path in PICTURES[: TOKENIZER.batch_size]]
+    images = [decode_image(path.read_bytes(), max_pixels=10**6) for path in PICTURES[:BATCH_SIZE]]
     return np.concatenate([make_views(image, config=_views(), image_size_px=64).images_VHWC for image in images])
+
+
+def light_tokenizer(path: Path) -> TokenizerConfig:
+    """A tokenizer of random weights."""
+    write_weights(path, network=LIGHT, state=VQNetwork(LIGHT).state_dict(), metadata={})
+    return TokenizerConfig(weights=str(path), image_size_px=64, batch_size=BATCH_SIZE)
 
 
 def _views() -> Any:
     return TokenizeConfig.model_fields["views"].default
 
 
-def encode_from_memory(num_batches: int, barrier: Any, results: Any) -> None:
+def encode_from_memory(tokenizer_config: TokenizerConfig, num_batches: int, barrier: Any, results: Any) -> None:
     """Encode the same batch over and over, one thread, beside the other processes; put the rate in `results`."""
-    tokenizer = Tokenizer.load(TOKENIZER, num_threads=1)
+    tokenizer = Tokenizer.load(tokenizer_config, num_threads=1)
     images = prepared_pictures()
     for _ in range(10):
         tokenizer.encode(images)
@@ -76,13 +95,14 @@ def encode_from_memory(num_batches: int, barrier: Any, results: Any) -> None:
     results.put(num_batches * len(images) / (time.perf_counter() - start_s))
 
 
-def bare_encoder(num_processes: int, *, num_images: int) -> float:
+def bare_encoder(tokenizer: TokenizerConfig, num_processes: int, *, num_images: int) -> float:
     """Images/s of the encoder alone, fed from memory, over all processes."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(num_processes), context.Queue()
-    num_batches = num_images // TOKENIZER.batch_size // num_processes
+    num_batches = num_images // BATCH_SIZE // num_processes
     processes = [
-        context.Process(target=encode_from_memory, args=(num_batches, barrier, results)) for _ in range(num_processes)
+        context.Process(target=encode_from_memory, args=(tokenizer, num_batches, barrier, results))
+        for _ in range(num_processes)
     ]
     for process in processes:
         process.start()
@@ -92,14 +112,14 @@ def bare_encoder(num_processes: int, *, num_images: int) -> float:
     return sum(rates)
 
 
-def job_rate(urls: str, run_dir: Path, *, num_workers: int) -> tuple[float, float]:
+def job_rate(tokenizer: TokenizerConfig, urls: str, run_dir: Path, *, num_workers: int) -> tuple[float, float]:
     """Images/s of the job from the moment that all workers are ready, and the seconds until then."""
     config = TokenizeConfig.model_validate(
         {
             "kind": "tokenize",
             "run_dir": str(run_dir),
             "source": {"kind": "webdataset", "urls": [urls]},
-            "tokenizer": TOKENIZER.model_dump(),
+            "tokenizer": tokenizer.model_dump(),
             "cluster": {"num_workers": num_workers},
         }
     )
@@ -122,8 +142,8 @@ def job_rate(urls: str, run_dir: Path, *, num_workers: int) -> tuple[float, floa
 class Encode:
     """The encoder as an actor of a Ray Data pipeline: decode, crop, encode a batch."""
 
-    def __init__(self) -> None:
-        self._tokenizer = Tokenizer.load(TOKENIZER, num_threads=1)
+    def __init__(self, tokenizer: TokenizerConfig) -> None:
+        self._tokenizer = Tokenizer.load(tokenizer, num_threads=1)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Turn a batch of tar samples into codes."""
@@ -136,12 +156,12 @@ class Encode:
         return {"__key__": batch["__key__"], "json": metadata, "codes.npy": list(codes)}
 
 
-def ray_data_seconds(urls: list[str], output: Path) -> float:
+def ray_data_seconds(tokenizer: TokenizerConfig, urls: list[str], output: Path) -> float:
     """Seconds of the plain pipeline over the tars: read_webdataset -> map_batches(actor) -> write_webdataset."""
     start_s = time.perf_counter()
     (
         ray.data.read_webdataset(urls, decoder=None)
-        .map_batches(Encode, batch_size=TOKENIZER.batch_size, concurrency=2, num_cpus=1)
+        .map_batches(Encode, fn_constructor_args=(tokenizer,), batch_size=BATCH_SIZE, concurrency=2, num_cpus=1)
         .write_webdataset(str(output))
     )
     return time.perf_counter() - start_s
@@ -181,28 +201,33 @@ def main() -> None:
     """Measure all of it, the encoder before and after the job, and print the ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-tars", type=int, default=24, help=f"tars of {SAMPLES_PER_TAR} images")
-    num_tars = parser.parse_args().num_tars
+    parser.add_argument("--light", action="store_true", help="an encoder that costs next to nothing")
+    arguments = parser.parse_args()
+    num_tars = arguments.num_tars
     num_images = num_tars * SAMPLES_PER_TAR
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         urls = write_corpus(root / "tars", num_tars=num_tars)
         paths = [str(path) for path in sorted((root / "tars").glob("*.tar"))]
-        bare = {n: bare_encoder(n, num_images=num_images // 4) for n in (1, 2)}
+        tokenizer = light_tokenizer(root / "light.safetensors") if arguments.light else SHIPPED
+        bare = {n: bare_encoder(tokenizer, n, num_images=num_images // 4) for n in (1, 2)}
         memory: dict[str, dict[str, float]] = {"job": {}, "ray_data": {}}
         rates = {}
         with ray_session(ClusterConfig(num_workers=2)):
             for num_workers in (1, 2):
                 with peak_memory(memory["job"]):
                     part = urls if num_workers == 2 else urls.replace(f"..{num_tars - 1:05d}", f"..{num_tars // 2:05d}")
-                    rates[num_workers], start_s = job_rate(part, root / f"job{num_workers}", num_workers=num_workers)
+                    rates[num_workers], start_s = job_rate(
+                        tokenizer, part, root / f"job{num_workers}", num_workers=num_workers
+                    )
                 say(what="job", workers=num_workers, images_per_s=rates[num_workers], until_workers_ready_s=start_s)
-        again = bare_encoder(2, num_images=num_images // 4)
+        again = bare_encoder(tokenizer, 2, num_images=num_images // 4)
         bare[2] = (bare[2] + again) / 2
         say(what="bare encoder", processes=1, images_per_s=bare[1])
         say(what="bare encoder", processes=2, images_per_s=bare[2], second_measurement=again)
         with ray_session(ClusterConfig(num_workers=2)), peak_memory(memory["ray_data"]):
-            short_s = ray_data_seconds(paths[: num_tars // 3], root / "short")
-            long_s = ray_data_seconds(paths, root / "long")
+            short_s = ray_data_seconds(tokenizer, paths[: num_tars // 3], root / "short")
+            long_s = ray_data_seconds(tokenizer, paths, root / "long")
         ray_data = (num_images - num_tars // 3 * SAMPLES_PER_TAR) / (long_s - short_s)
         say(what="ray data", images_per_s=ray_data, short_s=short_s, long_s=long_s)
         say(
