@@ -104,6 +104,7 @@ def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_p
     assert verify_shard_set(storage) == []
 
 
+@pytest.mark.slow
 def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corpus: Path, tmp_path: Path) -> None:
     """Only the unit at fault is given up, though other units were in the hands of the workers that it killed."""
     run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))

@@ -43,6 +43,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_its_units_in_flight_and_no_attempt(corpus: Path, tmp_path: Path, cluster: Cluster) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))

@@ -52,7 +52,9 @@ def outcomes(storage: Storage, *, key_to_name: dict[str, str]) -> Outcomes:
     return found
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "parquet", "image_folder"])
+@pytest.mark.parametrize(
+    "kind", ["webdataset", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("parquet", "image_folder"))]
+)
 def test_every_bad_file_becomes_a_sample_or_a_reject_with_its_reason(tmp_path: Path, kind: str) -> None:
     assert len(BAD_INPUTS) >= 200
     assert len({bad.kind for bad in BAD_INPUTS}) >= 15

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+import wids
 from interop_sets import make_gapped_set, make_mixed_set, tars_of, tokenized, written
 from PIL import Image
 from toy_corpus import png, tokenize_config, tokenize_here, write_folder
@@ -107,7 +108,6 @@ class TestWebDataset:
         assert as_written(iter(loader)) == written(shard_set)
 
     def test_wids_reads_any_sample_by_its_index(self, shard_set: Path, tmp_path: Path) -> None:
-        wids = pytest.importorskip("wids")
         index = str(shard_set / "shardindex.json")
         dataset = wids.ShardListDataset(index, cache_dir=str(tmp_path / "cache"), keep=True)
         keys = list(written(shard_set))
