@@ -1,6 +1,6 @@
 """Work done ahead of a consumer, in order: a thread that reads, and threads that prepare what was read.
 
-The invariant: results come in the order of the input, whatever the threads do, and an error comes at its place. Items
+The invariant: results come in the order of the input, whatever the threads do, and an error comes at its place. Inputs
 travel in groups, which keeps the cost of handing them over near a microsecond each; what is under way is bounded, so
 a slow consumer stops the reader.
 """
@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future
 from itertools import islice
 from typing import TypeVar
 
-_Item = TypeVar("_Item")
+_Input = TypeVar("_Input")
 _Result = TypeVar("_Result")
 
 PUT_INTERVAL_S = 0.1
@@ -23,8 +23,8 @@ PUT_INTERVAL_S = 0.1
 
 @contextlib.contextmanager
 def prepared_ahead(
-    items: Iterable[_Item],
-    prepare: Callable[[list[_Item]], list[_Result]],
+    inputs: Iterable[_Input],
+    prepare: Callable[[list[_Input]], list[_Result]],
     *,
     threads: Executor,
     group_size: int,
@@ -33,10 +33,10 @@ def prepared_ahead(
     """Yield an iterator over the results; leaving the context stops the reader.
 
     Args:
-        items: read in a thread of their own, `group_size` at a time.
-        prepare: a group of items -> their results; called in `threads`.
+        inputs: read in a thread of their own, `group_size` at a time.
+        prepare: a group of inputs -> their results; called in `threads`.
         threads: where groups are prepared.
-        group_size: items per group.
+        group_size: inputs per group.
         num_groups_ahead: groups that may be read or prepared and not consumed yet.
     """
     ready: queue.Queue[Future[list[_Result]] | None] = queue.Queue(maxsize=num_groups_ahead)
@@ -49,7 +49,7 @@ def prepared_ahead(
                 return
 
     def read() -> None:
-        reader = iter(items)
+        reader = iter(inputs)
         try:
             while not stopped.is_set() and (group := list(islice(reader, group_size))):
                 put(threads.submit(prepare, group))

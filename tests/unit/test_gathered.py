@@ -1,0 +1,103 @@
+"""Gathered records: a copy that counts only while the ledger's listing agrees; without it all is read one by one."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.gathered import Ledger
+from pipeline.ledger import LedgerRecord, Retried, record_name, write_record
+from pipeline.local_storage import LocalStorage
+from pipeline.rejects import Counts
+from pipeline.storage import ArtifactError, Storage
+from pipeline.tally import Tally
+
+
+def record_of(unit_index: int, *, num_rejected: int = 0, retried: Retried | None = None) -> LedgerRecord:
+    counts = Counts(
+        num_read=5,
+        num_written=5 - num_rejected,
+        num_dropped=0,
+        num_rejected=num_rejected,
+        dropped_by_reason={},
+        rejected_by_reason={"decode/empty": num_rejected} if num_rejected else {},
+    )
+    return LedgerRecord(
+        unit_index=unit_index,
+        unit=f"{unit_index}.tar",
+        unit_fingerprint="f",
+        input_mark="m",
+        input_sha256="s",
+        fingerprint_digest="d",
+        counts=counts,
+        shard=None,
+        shard_mark="",
+        seconds_of_stage={},
+        retried=retried,
+    )
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """A ledger of three records, gathered."""
+    storage = LocalStorage(tmp_path)
+    ledger = Ledger(storage)
+    for unit_index in range(3):
+        stem = f"{unit_index:05d}"
+        ledger.note(stem, record_of(unit_index), mark=write_record(storage, stem, record_of(unit_index)).mark)
+    ledger.gather()
+    return storage
+
+
+def read(storage: Storage) -> dict[str, LedgerRecord | ArtifactError]:
+    return dict(Ledger(storage).records())
+
+
+def test_gathered_records_are_read_without_opening_one_of_the_ledgers(storage: Storage, tmp_path: Path) -> None:
+    times = {path: path.stat() for path in tmp_path.glob("ledger/*.json")}
+    for path, status in times.items():  # same size, same time, other content: only the copy can tell the truth
+        path.write_bytes(b"x" * status.st_size)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read(storage) == {f"{unit_index:05d}": record_of(unit_index) for unit_index in range(3)}
+
+
+def test_a_record_that_was_written_again_or_removed_is_believed_over_its_copy(storage: Storage) -> None:
+    write_record(storage, "00001", record_of(1, num_rejected=2))
+    storage.remove(record_name("00002"))
+    assert read(storage) == {"00000": record_of(0), "00001": record_of(1, num_rejected=2)}
+
+
+def test_damaged_copies_are_told_and_the_ledger_is_read_instead(
+    storage: Storage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ledger" / "gathered-000000.parquet").write_bytes(b"no parquet")
+    with caplog.at_level(logging.WARNING):
+        assert len(read(storage)) == 3
+    assert "its records are read one by one" in caplog.text
+
+
+def test_records_that_were_read_one_by_one_are_gathered_for_the_next_run(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "ledger" / "gathered-000000.parquet").unlink()
+    ledger = Ledger(storage)
+    assert len(dict(ledger.records())) == 3
+    ledger.gather()
+    assert [path.name for path in tmp_path.glob("ledger/gathered-*")] == ["gathered-000000.parquet"]
+    assert len(read(storage)) == 3
+
+
+def test_a_damaged_record_is_handed_over_as_its_problem(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "ledger" / "00001.json").write_text("{")
+    problem = read(storage)["00001"]
+    assert isinstance(problem, ArtifactError)
+    assert "ledger/00001.json" in str(problem)
+
+
+def test_a_retried_reject_counts_once_where_it_ended() -> None:
+    tally = Tally()
+    tally.add(record_of(0, num_rejected=5))
+    retried = Retried(keys=["a", "b", "c", "d", "e"], rejected_by_reason={"decode/empty": 5}, inputs={})
+    tally.add(record_of(1, num_rejected=2, retried=retried))
+    totals = tally.totals()
+    assert (totals.num_read, totals.num_written, totals.num_rejected) == (5, 3, 2)
+    assert totals.rejected_by_reason == {"decode/empty": 2}
