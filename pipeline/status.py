@@ -6,6 +6,7 @@ on it, and the counts that `read_status` returns come from the ledger.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import time
@@ -72,7 +73,11 @@ class StatusFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._write("failed" if isinstance(error, Exception) else "ended")
+        if not isinstance(error, Exception):
+            self._write("ended")
+            return
+        with contextlib.suppress(ArtifactError, OSError):  # what went wrong is told, not that it cannot be noted too
+            self._write("failed")
 
     def _write(self, state: Literal["running", "ended", "failed"]) -> None:
         pool, samples_per_s, eta_s = self._last
