@@ -134,7 +134,7 @@ def open_storage(url: str, *, s3: S3Config = S3Config()) -> Storage:  # noqa: B0
     """
     # Both build on this module; and aiobotocore takes half a second to import.
     if url.startswith(S3_SCHEME):
-        from pipeline.s3_storage import S3Storage  # noqa: PLC0415
+        from pipeline.s3.storage import S3Storage  # noqa: PLC0415
 
         return S3Storage(url, config=s3)
     from pipeline.local_storage import LocalStorage  # noqa: PLC0415

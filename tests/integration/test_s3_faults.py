@@ -10,9 +10,9 @@ import pytest
 from s3_faults import FaultPlan, FaultProxy, fault_proxy
 from s3_server import S3Server
 
-from pipeline import s3_download, s3_reader, s3_requests, s3_upload
 from pipeline.config import S3Config
-from pipeline.s3_storage import S3Storage
+from pipeline.s3 import download, reader, requests, upload
+from pipeline.s3.storage import S3Storage
 from pipeline.storage import ArtifactError
 
 MIB = 1 << 20
@@ -39,11 +39,11 @@ def pseudo_random_bytes(num_bytes: int) -> bytes:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks, ranges and parts of a size that makes many of them out of a few MiB; back-off in milliseconds."""
-    monkeypatch.setattr(s3_requests, "BACKOFF_FIRST_S", 0.005)
-    monkeypatch.setattr(s3_reader, "FIRST_BLOCK_BYTES", 32 << 10)
-    monkeypatch.setattr(s3_reader, "LAST_BLOCK_BYTES", 256 << 10)
-    monkeypatch.setattr(s3_download, "RANGE_BYTES", 256 << 10)
-    monkeypatch.setattr(s3_upload, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(requests, "BACKOFF_FIRST_S", 0.005)
+    monkeypatch.setattr(reader, "FIRST_BLOCK_BYTES", 32 << 10)
+    monkeypatch.setattr(reader, "LAST_BLOCK_BYTES", 256 << 10)
+    monkeypatch.setattr(download, "RANGE_BYTES", 256 << 10)
+    monkeypatch.setattr(upload, "PART_BYTES", 5 * MIB)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -142,7 +142,7 @@ def test_exhausted_attempts_say_what_to_do(direct: S3Storage, fault: str, cause:
 def test_a_server_that_does_not_answer_in_time_is_asked_again(
     direct: S3Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(requests, "READ_TIMEOUT_S", 1)
     direct.write_bytes("a", b"slow")
     with broken(direct, FaultPlan(rate=1, faults=("delay",), delay_s=2.5, max_faults=1)) as (storage, proxy):
         assert storage.read_bytes("a") == b"slow"
@@ -242,7 +242,7 @@ def test_a_whole_object_is_fetched_in_ranges_of_8_mib(direct: S3Storage) -> None
 
 def test_a_listing_costs_one_request_for_each_1000_objects(direct: S3Storage, s3_server: S3Server) -> None:
     direct.requests.wait(
-        s3_requests.all_of(s3_upload.put(direct.requests, f"{direct.base}{i // 500}/{i:05d}", b"") for i in range(1100))
+        requests.all_of(upload.put(direct.requests, f"{direct.base}{i // 500}/{i:05d}", b"") for i in range(1100))
     )
     with broken(direct, FaultPlan()) as (storage, proxy):
         assert list(storage.list()) == [f"{i // 500}/{i:05d}" for i in range(1100)]

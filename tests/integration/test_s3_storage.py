@@ -16,9 +16,9 @@ import pytest
 from s3_faults import FaultPlan, fault_proxy
 from s3_server import S3Server
 
-from pipeline import s3_lock, s3_staging
 from pipeline.config import S3Config
-from pipeline.s3_storage import S3Storage
+from pipeline.s3 import lock, staging
+from pipeline.s3.storage import S3Storage
 from pipeline.storage import ArtifactError, open_storage
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +60,10 @@ with open_storage(sys.argv[1]).stage("a.tar") as path:
 UPLOAD = """
 import sys
 from pathlib import Path
-from pipeline import s3_upload
+
+from pipeline.s3 import upload
 from pipeline.storage import open_storage
-s3_upload.NUM_PARALLEL_PARTS = 1
+upload.NUM_PARALLEL_PARTS = 1
 with open_storage(sys.argv[1]).stage("a.tar") as path:
     path.write_bytes(b"n" * (40 << 20))
 """
@@ -214,7 +215,7 @@ def test_local_files_of_a_killed_process_are_removed_and_those_of_a_living_one_k
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(s3_staging, "YOUNG_S", -1.0)
+    monkeypatch.setattr(staging, "YOUNG_S", -1.0)
     writer = run_python(STAGE, storage.url)
     assert writer.stdout is not None
     assert writer.stdout.readline() == "staged\n"
@@ -270,14 +271,14 @@ def test_the_lock_of_another_machine_is_taken_when_it_is_not_renewed(
     foreign_lock(storage)
     with pytest.raises(ArtifactError, match="got one of host far, pid 1, seen"), storage.exclusive():
         raise AssertionError("held twice")
-    monkeypatch.setattr(s3_lock, "STALE_S", 1.0)
+    monkeypatch.setattr(lock, "STALE_S", 1.0)
     time.sleep(2.1)  # the server's clock, which decides, has whole seconds
     with storage.exclusive():
         assert json.loads(storage.read_bytes(".lock"))["host"] != "far"
 
 
 def test_a_lock_is_renewed_while_it_is_held(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_lock, "RENEW_S", 0.1)
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
     with storage.exclusive():
         first = storage.find(".lock")
         deadline = time.monotonic() + 10
@@ -290,7 +291,7 @@ def test_a_lock_is_renewed_while_it_is_held(storage: S3Storage, monkeypatch: pyt
 def test_a_lock_lost_while_running_is_told_loudly_and_left_to_its_new_holder(
     storage: S3Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(s3_lock, "RENEW_S", 0.1)
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
     with storage.exclusive():
         fields = foreign_lock(storage)
         deadline = time.monotonic() + 10
@@ -304,7 +305,7 @@ def test_a_lock_lost_while_running_is_told_loudly_and_left_to_its_new_holder(
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_of_many_that_begin_at_once_one_gets_the_lock(storage: S3Storage, is_stale: bool) -> None:
     if is_stale:
-        holder = {"host": "here", "machine": s3_lock._machine(), "pid": 2**22 + 1, "started": "1", "token": "x"}
+        holder = {"host": "here", "machine": lock._machine(), "pid": 2**22 + 1, "started": "1", "token": "x"}
         storage.write_bytes(".lock", json.dumps(holder).encode())
     all_tried = threading.Barrier(8)
 

@@ -18,10 +18,10 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from pipeline import s3_requests
-from pipeline.s3_lock import LockHolder, is_stale, parse_holder, this_process
-from pipeline.s3_requests import Attempts, backoff_s, classify, parse_time
-from pipeline.s3_upload import md5_of, part_bytes_for
+from pipeline.s3 import requests
+from pipeline.s3.lock import LockHolder, is_stale, parse_holder, this_process
+from pipeline.s3.requests import Attempts, backoff_s, classify, parse_time
+from pipeline.s3.upload import md5_of, part_bytes_for
 from pipeline.storage import ArtifactError
 
 
@@ -82,7 +82,7 @@ def test_waits_double_up_to_ten_seconds_with_half_of_jitter() -> None:
 def test_attempts_without_progress_are_counted_those_with_it_start_again(
     num_bytes: int, num_attempts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_requests, "BACKOFF_FIRST_S", 0.0)
+    monkeypatch.setattr(requests, "BACKOFF_FIRST_S", 0.0)
     attempts = Attempts("read s3://b/x", url="s3://b/x", endpoint="here", max_attempts=3)
 
     async def fail(times: int) -> int:

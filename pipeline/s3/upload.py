@@ -16,8 +16,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from pipeline.s3_download import info_of
-from pipeline.s3_requests import S3RefusedError, S3Requests, all_of
+from pipeline.s3.download import info_of
+from pipeline.s3.requests import S3RefusedError, S3Requests, all_of
 from pipeline.storage import ArtifactError, FileInfo
 
 logger = logging.getLogger(__name__)

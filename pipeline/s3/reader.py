@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO
 
-from pipeline.s3_download import head, receive, receive_range
-from pipeline.s3_requests import S3Requests
+from pipeline.s3.download import head, receive, receive_range
+from pipeline.s3.requests import S3Requests
 
 FIRST_BLOCK_BYTES = 256 << 10
 LAST_BLOCK_BYTES = 8 << 20

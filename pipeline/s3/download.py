@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.s3_requests import S3_ERRORS, Answer, BrokenBodyError, S3RefusedError, S3Requests, all_of
+from pipeline.s3.requests import S3_ERRORS, Answer, BrokenBodyError, S3RefusedError, S3Requests, all_of
 from pipeline.storage import ArtifactError, FileInfo
 
 RECEIVE_BYTES = 1 << 18

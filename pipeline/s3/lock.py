@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from pipeline.s3_requests import S3_ERRORS, S3RefusedError, S3Requests
-from pipeline.s3_upload import put
+from pipeline.s3.requests import S3_ERRORS, S3RefusedError, S3Requests
+from pipeline.s3.upload import put
 from pipeline.storage import ArtifactError
 
 logger = logging.getLogger(__name__)

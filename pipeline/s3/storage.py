@@ -1,7 +1,7 @@
 """An S3 bucket and prefix as a `Storage`, on s3fs: what is committed appears in one request, and whole.
 
-The invariant is that of `pipeline.storage`; the parts are `s3_requests` (what is retried), `s3_download`, `s3_reader`,
-`s3_upload` and `s3_lock`. Nothing is cached: a listing costs one request for each 1,000 objects and is never stale.
+The invariant is that of `pipeline.storage`; the parts are `requests` (what is retried), `download`, `reader`,
+`upload` and `lock`. Nothing is cached: a listing costs one request for each 1,000 objects and is never stale.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pipeline.config import S3Config
-from pipeline.s3_download import head, info_of, receive, receive_all
-from pipeline.s3_lock import hold_lock
-from pipeline.s3_reader import open_reader
-from pipeline.s3_requests import Answer, S3Requests
-from pipeline.s3_staging import remove_dead_directories, staging_directory
-from pipeline.s3_upload import abort_uploads, find_uploads, put, upload
+from pipeline.s3.download import head, info_of, receive, receive_all
+from pipeline.s3.lock import hold_lock
+from pipeline.s3.reader import open_reader
+from pipeline.s3.requests import Answer, S3Requests
+from pipeline.s3.staging import remove_dead_directories, staging_directory
+from pipeline.s3.upload import abort_uploads, find_uploads, put, upload
 from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}")
