@@ -35,7 +35,22 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "source.urls_file",
         "tokenizer.weights",
     ),
-    "train": ("checkpoint", "cluster", "engine.micro_batch_size", "log_every_n_steps", "num_steps", "validation"),
+    "train": (
+        "checkpoint",
+        "cluster",
+        "engine.activation_checkpointing",
+        "engine.micro_batch_size",
+        "engine.offload_optimizer",
+        "engine.peak_tflops",
+        "engine.step_timeout_s",
+        "engine.zero_stage",
+        "log_every_n_steps",
+        "max_skipped_steps",
+        "num_steps",
+        "s3",
+        "validation",
+        "wandb_project",
+    ),
     "sample": ("batch_size", "device"),
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.

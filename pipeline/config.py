@@ -126,6 +126,10 @@ class ClusterConfig(Config):
     """CPU cores that Ray sets aside for a worker; also its thread count (rounded down, at least 1)."""
     gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs that Ray sets aside for a worker."""
+    min_workers: PositiveInt | None = None
+    """Training goes on with as few ranks when nodes are lost and do not come back; none keeps `num_workers`."""
+    max_failures: NonNegativeInt = 3
+    """Times that a training run is started again from its newest whole checkpoint after ranks or nodes died."""
 
 
 class TokenizeConfig(Config):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipeline.config import ClusterConfig, LoaderConfig, Seed
+from pipeline.config import ClusterConfig, LoaderConfig, S3Config, Seed
 from tokenization.config import Config, Fraction, TokenizerConfig
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -122,6 +122,9 @@ class OptimizerConfig(Config):
     final_learning_rate_fraction: Fraction = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay of the exponential moving average of the weights, kept in float32 beside them; none keeps no average.
+    LlamaGen's is 0.9999."""
 
 
 class EngineConfig(Config):
@@ -135,6 +138,16 @@ class EngineConfig(Config):
     """Samples per step over all ranks."""
     micro_batch_size: PositiveInt | None = None
     """Samples per rank and micro step; none is the global batch over the world size."""
+    offload_optimizer: bool = False
+    """Whether float32 weights, Adam's moments and the average live in CPU memory (ZeRO 1 to 3)."""
+    activation_checkpointing: bool = False
+    """Whether each block's activations are computed again in backward: about a third more time, far less memory."""
+    compile_mode: Literal["none", "default", "max-autotune"] = "none"
+    """torch.compile of every block; losses then differ in the last bits from those without."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in 10^12 FLOP/s, for MFU; none measures a matrix product at start."""
+    step_timeout_s: PositiveFloat = 600.0
+    """Seconds without a finished step (or save) after which a rank counts as hung and the run ends, naming it."""
 
     def grad_accumulation(self, world_size: int) -> int:
         """Micro steps per step on `world_size` ranks.
@@ -159,6 +172,10 @@ class CheckpointConfig(Config):
     every_n_steps: PositiveInt = 1000
     keep_latest: PositiveInt = 2
     """Newest whole checkpoints that stay."""
+    keep_every_n_steps: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of it stay for good; a multiple of `every_n_steps`."""
+    background: bool = True
+    """Whether training goes on while a checkpoint is written, for a copy of its bytes in memory."""
 
 
 class ValidationConfig(Config):
@@ -187,10 +204,15 @@ class TrainConfig(Config):
     num_steps: PositiveInt
     """Optimiser steps of the whole run."""
     log_every_n_steps: PositiveInt = 10
+    max_skipped_steps: NonNegativeInt = 10
+    """Steps that may be skipped because loss or gradient norm is not finite, over the whole run; one more ends it."""
+    wandb_project: str | None = None
+    """Weights & Biases project that the metrics go to as well (needs the `wandb` package)."""
     warm_start: str | None = None
     """Weights to begin from: a run directory, our `.safetensors`, or a LlamaGen checkpoint."""
     seed: Seed = 0
     """Seed of initialisation, noise, dropout and own drafts."""
+    s3: S3Config = S3Config()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
