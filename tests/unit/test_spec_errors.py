@@ -60,7 +60,8 @@ cluster:
         "spec.yaml:16: noise.offset_weights must be a list, got 3",
         "spec.yaml:18: cluster.num_workers must be a whole number, got 1.5",
         "spec.yaml:19: cluster.nodes is not a field; "
-        "the fields here are launcher, address, num_workers, cpus_per_worker, gpus_per_worker",
+        "the fields here are launcher, address, num_workers, cpus_per_worker, gpus_per_worker, min_workers, "
+        "max_failures",
     ]
 
 
@@ -187,7 +188,8 @@ def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(tmp_path: Path) -> None:
 def test_an_override_that_opens_a_group_is_the_place_of_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert problems(tmp_path, TRAIN, "foo.bar.baz=1", "engine.global_batch_size=47") == [
         "--set foo.bar.baz=1: foo is not a field; the fields here are kind, run_dir, data, model, noise, optimizer, "
-        "engine, checkpoint, validation, num_steps, log_every_n_steps, warm_start, seed, cluster",
+        "engine, checkpoint, validation, num_steps, log_every_n_steps, max_skipped_steps, wandb_project, warm_start, "
+        "seed, s3, cluster",
         "--set engine.global_batch_size=47: engine.global_batch_size must be a multiple of "
         "micro_batch_size * world_size = 1 * 2 = 2, got 47; use 46 or 48",
     ]
