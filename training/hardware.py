@@ -19,7 +19,7 @@ _LEAST_S = 0.02
 
 
 def measured_peak_flops(device: torch.device, *, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the fastest square matrix product that `_BUDGET_S` is enough to try, and warm, on `device`."""
+    """Return the FLOP/s of the fastest square matrix product, of those that `_BUDGET_S` is enough to try."""
     best, began = 0.0, time.perf_counter()
     for size in _SIZES:
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
