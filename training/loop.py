@@ -12,17 +12,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipeline.loader import Batch, Loader, ShardSet
-from pipeline.storage import ArtifactError
+from pipeline.loader import Batch, Loader
+from pipeline.shard_set import ShardSet
 from training.checkpoint import CheckpointRecord, checkpoint_path
 from training.config import TrainConfig
+from training.data import open_shards
 from training.engine import Engine, build_engine, grad_norm, learning_rate_of_step, set_learning_rate
 from training.inputs import dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
 from training.loss import window_loss
@@ -65,38 +66,18 @@ def train(config: TrainConfig) -> TrainResult:
     """
     ranks = join_ranks()
     with rank_log(Path(config.run_dir), rank=ranks.rank), _stop_on_sigterm() as stop:
-        shard_set, held_out = open_shards(config)
-        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_set.manifest.fingerprint)
+        shard_sets, held_out = open_shards(config)
+        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
             path = checkpoint_path(Path(config.run_dir), record.step)
             result = TrainResult(step=record.step, is_finished=True, checkpoint=path)
         else:
             engine = _prepare_engine(config, ranks=ranks, record=record)
-            run = _Run(config, engine=engine, ranks=ranks, shard_set=shard_set, held_out=held_out, record=record)
+            run = _Run(config, engine=engine, ranks=ranks, shard_sets=shard_sets, held_out=held_out, record=record)
             result = run.train(stop)
         leave_ranks(ranks)
     return result
-
-
-def open_shards(config: TrainConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Return the training and the held-out shard set, checked against each other and against the model.
-
-    Raises:
-        ArtifactError: a set is missing or empty, or was not made for this model.
-    """
-    shard_set = ShardSet.open(config.data.shards)
-    side = math.isqrt(shard_set.codes_per_image)
-    for field, of_shards in (("codebook_size", shard_set.codebook_size), ("codes_per_side", side)):
-        of_model = getattr(config.model, field)
-        if of_model != of_shards:
-            raise ArtifactError(
-                f"train on {config.data.shards}: model.{field} must be that of the codes = {of_shards}, "
-                f"got {of_model}; set model.{field}: {of_shards}"
-            )
-    if config.validation is None:
-        return shard_set, None
-    return shard_set, ShardSet.open(config.validation.shards, fingerprint=shard_set.manifest.fingerprint)
 
 
 def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointRecord | None) -> Engine:
@@ -133,15 +114,15 @@ class _Run:
         *,
         engine: Engine,
         ranks: Ranks,
-        shard_set: ShardSet,
+        shard_sets: Sequence[ShardSet],
         held_out: ShardSet | None,
         record: CheckpointRecord | None,
     ) -> None:
         self._config, self._engine, self._ranks = config, engine, ranks
-        self._fingerprint = shard_set.manifest.fingerprint
+        self._fingerprint = shard_sets[0].fingerprint
         self._num_micro_steps = config.engine.grad_accumulation(ranks.world_size)
         self._loader = Loader(
-            shard_set,
+            shard_sets,
             config=config.data,
             global_batch_size=config.engine.global_batch_size,
             rank=ranks.rank,
@@ -170,6 +151,7 @@ class _Run:
                 path = self._save()
         if progress is not None:
             progress.close()
+        self._loader.close()
         return TrainResult(step=self._step, is_finished=is_last, checkpoint=path)
 
     def _take_step(self, stop: threading.Event) -> tuple[StepMeasures, bool]:
