@@ -13,17 +13,18 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from pipeline.loader import Batch, Loader, ShardSet
-from pipeline.storage import ArtifactError
+from pipeline.loader import Batch, Loader
+from pipeline.shard_set import ShardSet
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name
 from training.config import TrainConfig
+from training.data import open_shards
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
 from training.progress import Progress, StepMeasures, StepTimes
@@ -76,8 +77,8 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
         rank_log(files.directory, rank=ranks.rank),
         _stop_on_sigterm(should_stop) as is_told_to_stop,
     ):
-        shard_set, held_out = open_shards(config)
-        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_set.manifest.fingerprint)
+        shard_sets, held_out = open_shards(config)
+        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
             result = _result(config, record.step)
@@ -85,30 +86,10 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
             engine = _prepare_engine(config, ranks=ranks, record=record)
             with closing(_watchdog(config, ranks=ranks, files=files)) as watchdog:
                 stepper = Stepper(config, engine=engine, ranks=ranks, watchdog=watchdog)
-                run = _Run(config, stepper, shard_set=shard_set, held_out=held_out, files=files, record=record)
+                run = _Run(config, stepper, shard_sets=shard_sets, held_out=held_out, files=files, record=record)
                 result = run.train(is_told_to_stop)
         leave_ranks(ranks)
     return result
-
-
-def open_shards(config: TrainConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Return the training and the held-out shard set, checked against each other and against the model.
-
-    Raises:
-        ArtifactError: a set is missing or empty, or was not made for this model.
-    """
-    shard_set = ShardSet.open(config.data.shards)
-    side = math.isqrt(shard_set.codes_per_image)
-    for field, of_shards in (("codebook_size", shard_set.codebook_size), ("codes_per_side", side)):
-        of_model = getattr(config.model, field)
-        if of_model != of_shards:
-            raise ArtifactError(
-                f"train on {config.data.shards}: model.{field} must be that of the codes = {of_shards}, "
-                f"got {of_model}; set model.{field}: {of_shards}"
-            )
-    if config.validation is None:
-        return shard_set, None
-    return shard_set, ShardSet.open(config.validation.shards, fingerprint=shard_set.manifest.fingerprint)
 
 
 def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointRecord | None) -> Engine:
@@ -159,7 +140,7 @@ class _Run:
         config: TrainConfig,
         stepper: Stepper,
         *,
-        shard_set: ShardSet,
+        shard_sets: Sequence[ShardSet],
         held_out: ShardSet | None,
         files: RunFiles,
         record: CheckpointRecord | None,
@@ -169,7 +150,7 @@ class _Run:
         state = RunState(step=0, samples_consumed=0) if record is None else record.state
         self._step, self._samples_consumed = state.step, state.samples_consumed
         self._loader = Loader(
-            shard_set,
+            shard_sets,
             config=config.data,
             global_batch_size=config.engine.global_batch_size,
             rank=ranks.rank,
@@ -177,7 +158,7 @@ class _Run:
             num_classes=config.model.num_classes,
         )
         self._validation = None if held_out is None else Validation(held_out, config=config, ranks=ranks)
-        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=shard_set.manifest.fingerprint)
+        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
         if ranks.is_first:
             files.bring_records(step=state.step)
         self._skipped = SkippedSteps(
@@ -197,7 +178,7 @@ class _Run:
                 if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:
                     self._save()
         finally:
-            self._close_metrics()
+            self._close()
         self._stepper.watchdog.enter("commit", step=self._step)
         self._writer.close()
         return _result(config, self._step)
@@ -227,7 +208,7 @@ class _Run:
 
     def _skip(self, batch: Batch, outcome: StepOutcome) -> None:
         def sample_names() -> list[str]:
-            names = [str(index) for index in batch.sample_indices_B]
+            names = self._loader.sample_names(batch)
             # Where the loss is finite and only the norm is not, any sample may be the cause.
             return names if math.isfinite(outcome.loss) else [names[index] for index in outcome.suspects_B]
 
@@ -255,7 +236,8 @@ class _Run:
             self._progress.after_save(stall_s)
         self._files.publish()
 
-    def _close_metrics(self) -> None:
+    def _close(self) -> None:
+        self._loader.close()
         if self._progress is not None:
             self._progress.close()
         self._skipped.close()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.loader import ShardSet
 from pipeline.philox import Int64Array
+from pipeline.shard_set import ShardSet
 from training.config import TrainConfig
 from training.engine import Engine
 from training.inputs import make_inputs, with_own_drafts

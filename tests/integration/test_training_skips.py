@@ -13,7 +13,8 @@ import torch
 from synthetic_shards import train_config, write_shard_set
 from test_training_ranks import checkpoints_of, run, weights_of
 
-from pipeline.loader import Loader, ShardSet
+from pipeline.loader import Loader
+from pipeline.shard_set import ShardSet
 from training.config import TrainConfig
 from training.json_lines import read_json_lines
 from training.metrics import read_metrics
@@ -44,7 +45,7 @@ def config_of(run_dir: Path, shards: Path, *, bad_labels: list[int], **changes: 
 def samples_with_bad_labels(config: TrainConfig, num_steps: int) -> dict[int, list[str]]:
     """By step, the samples of the bad label, if there are any: sample i has label i % 4."""
     shard_set = ShardSet.open(config.data.shards)
-    loader = Loader(shard_set, config=config.data, global_batch_size=2, rank=0, world_size=1)
+    loader = Loader([shard_set], config=config.data, global_batch_size=2, rank=0, world_size=1)
     chosen: dict[int, list[str]] = {}
     for step in range(1, num_steps + 1):
         batch = loader.batch(2 * (step - 1))

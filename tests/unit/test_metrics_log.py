@@ -64,19 +64,19 @@ def test_a_loss_that_is_not_finite_is_null_and_said_so(tmp_path: Path) -> None:
 
 
 def test_boards_are_shown_every_number_by_its_tag(tmp_path: Path) -> None:
-    class Shown:
-        numbers: list[tuple[int, dict[str, float]]] = []
+    shown: list[tuple[int, dict[str, float]]] = []
 
+    class Shown:
         def show(self, step: int, numbers: dict[str, float]) -> None:
-            self.numbers.append((step, numbers))
+            shown.append((step, numbers))
 
         def close(self) -> None:
-            self.numbers.append((0, {}))
+            shown.append((0, {}))
 
     log = MetricsLog(tmp_path, step=0, boards=[Shown()])
     log.write({"step": 3, "split": "train", "loss": 2.0, "loss_of_offset": [1.0, float("inf")], "grad_norm": None})
     log.close()
-    assert Shown.numbers == [(3, {"train/loss": 2.0, "train/loss_of_offset/0": 1.0}), (0, {})]
+    assert shown == [(3, {"train/loss": 2.0, "train/loss_of_offset/0": 1.0}), (0, {})]
 
 
 def test_described_line_says_what_is_watched() -> None:
