@@ -32,8 +32,8 @@ def export_directory(
     if storage.find(MANIFEST_NAME) is not None:
         if to != "llamagen" or use_ema or step is not None:
             raise ArtifactError(
-                f"export {url}: a shard set goes --to llamagen, without --ema and --step, got --to {to} or one of them; "
-                "drop what is of training runs"
+                f"export {url}: a shard set must go --to llamagen without --ema and --step, got --to {to} or one of "
+                "them; drop what is of training runs"
             )
         return _llamagen_lines(export_llamagen(storage, output=output, s3=s3))
     is_checkpoint = step_in_name(url.rstrip("/").rpartition("/")[2]) is not None

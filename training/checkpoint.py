@@ -191,8 +191,10 @@ def _problem_of_file(storage: Storage, directory: str, file: FileRecord) -> str 
             return f"{told} is missing"
         if info.num_bytes != file.num_bytes:
             return f"{told} has {info.num_bytes} bytes, its record says {file.num_bytes}"
-        is_local = isinstance(storage, LocalStorage)
-        digest = sha256_of_file(storage.root / name) if is_local else sha256_of(storage.map(name))
+        if isinstance(storage, LocalStorage):
+            digest = sha256_of_file(storage.root / name)
+        else:
+            digest = sha256_of(storage.map(name))
     except (ArtifactError, OSError) as error:
         return f"{told} cannot be read ({error})"
     if digest != file.sha256:

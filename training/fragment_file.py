@@ -82,8 +82,7 @@ def write_fragments(path: Path, layout: FragmentLayout, arrays: Iterable[FloatAr
     """
     digest, num_bytes = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        for part in chain([header_of(layout)], arrays):
-            data = memoryview(part).cast("B")
+        for data in chain([memoryview(header_of(layout))], (array.data.cast("B") for array in arrays if array.size)):
             for start in range(0, len(data), BLOCK_BYTES):
                 block = data[start : start + BLOCK_BYTES]
                 num_bytes += _write_all(file.fileno(), block)

@@ -110,20 +110,22 @@ def load_model(
     """
     place = find_weights(path, s3=s3)
     if isinstance(place, RunCheckpoint):
-        config, state = place.model_config, place.read_weights(use_ema=use_ema)
-        fingerprint, step = place.record.fingerprint, place.record.step
+        header, state = _header_of(place), place.read_weights(use_ema=use_ema)
     else:
         _refuse_ema(place, use_ema=use_ema)
         header = read_header(place)
-        config, fingerprint, step = header.config, header.fingerprint, header.step
         # Copies in aligned memory: a mapped file's tensors start anywhere, and products round by their alignment.
         state = {name: value.clone() for name, value in _read_tensors(place).items()}
-    _check_keys(f"load weights {_url_of(place)}", expected=_expected_shapes(config), found=state)
+    _check_keys(f"load weights {_url_of(place)}", expected=_expected_shapes(header.config), found=state)
     with torch.device("meta"):
-        model = TensorAR(config)
+        model = TensorAR(header.config)
     model.load_state_dict(state, assign=True)
     model_file = ModelFile(
-        path=_url_of(place), sha256=digest_of(place), config=config, fingerprint=fingerprint, step=step
+        path=_url_of(place),
+        sha256=digest_of(place),
+        config=header.config,
+        fingerprint=header.fingerprint,
+        step=header.step,
     )
     return model.to(device=device, dtype=dtype).eval(), model_file
 
@@ -225,6 +227,11 @@ def warm_start(
         fresh = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE)}
     _check_keys(f"warm start from {_url_of(place)}", expected=_expected_shapes(model.config), found=fresh | state)
     model.load_state_dict(fresh | state)
+
+
+def _header_of(checkpoint: RunCheckpoint) -> ModelHeader:
+    record = checkpoint.record
+    return ModelHeader(config=checkpoint.model_config, fingerprint=record.fingerprint, step=record.step)
 
 
 def _url_of(place: Path | RunCheckpoint) -> str:
