@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pipeline.storage import ArtifactError, Storage, open_storage
@@ -50,7 +51,7 @@ class RunFiles:
     def bring_records(self, *, step: int) -> None:
         """Bring back the metrics of a run that goes on after `step`, where the storage holds more of them; rank 0."""
         for name in _RECORDS:
-            self._try(lambda storage, name=name: self._bring_longer(storage, name, step=step))
+            self._try(partial(self._bring_longer, name=name, step=step))
 
     def publish_records(self) -> None:
         """Copy what a resume needs; returns when it is there. To be called before a checkpoint is saved."""
@@ -100,7 +101,7 @@ class RunFiles:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(storage.read_bytes(name))
 
-    def _bring_longer(self, storage: Storage, name: str, *, step: int) -> None:
+    def _bring_longer(self, storage: Storage, *, name: str, step: int) -> None:
         """Take the stored file where it has more lines up to `step` than the local one: another machine wrote them."""
         if storage.find(name) is None:
             return

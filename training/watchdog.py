@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed
 
@@ -36,6 +36,8 @@ _STORE_TIMEOUT = timedelta(seconds=60)
 _LAST_WORDS_S = 10.0
 
 T = TypeVar("T")
+_Store = Any
+"""A `torch.distributed.TCPStore`, which torch does not give types."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,17 @@ class Watchdog:
         return [None] * self._world_size if answer is None else [Beat(**json.loads(text)) for text in answer]
 
 
-def _connect(ranks: Ranks) -> torch.distributed.Store | None:
+def _connect(ranks: Ranks) -> _Store | None:
     """Return the store that rank 0 holds; none for one rank, which has nobody to tell."""
     if ranks.world_size == 1:
         return None
-    host = os.environ["MASTER_ADDR"]
+    make: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    host, options = os.environ["MASTER_ADDR"], {"timeout": _STORE_TIMEOUT, "wait_for_workers": False}
     if ranks.is_first:
-        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+        store = make(host, 0, is_master=True, **options)  # a free port
         ranks.from_first(store.port)
     else:
-        store = torch.distributed.TCPStore(host, ranks.from_first(None), is_master=False, timeout=_STORE_TIMEOUT)
+        store = make(host, ranks.from_first(None), is_master=False, **options)
     # Every rank can be heard from the start, also one that hangs before its first phase.
     silent = Beat(num_beats=0, num_phases=0, step=0, phase="start", phase_s=0.0)
     store.set(_key(ranks.rank), json.dumps(asdict(silent)))

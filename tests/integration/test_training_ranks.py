@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,16 @@ from typing import Any
 import pytest
 import torch
 from synthetic_shards import train_config, write_shard_set
-from training.run_weights import find_run_checkpoint
+from training_processes import ranks_of, run, start
 
 from pipeline.config import S3Config
 from pipeline.storage import open_storage
 from training.checkpoint import list_checkpoints, read_record, verify_checkpoint
 from training.config import TrainConfig
 from training.metrics import read_metrics
+from training.run_weights import find_run_checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "run_training.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PURE_FIELDS = ("step", "split", "loss", "loss_of_offset", "accuracy_of_offset", "grad_norm", "own_draft_loss_0")
-
-
-def start(config: TrainConfig, *, num_ranks: int = 2) -> subprocess.Popen[str]:
-    spec = Path(config.run_dir).with_suffix(".json")
-    spec.write_text(config.model_dump_json())
-    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", str(SCRIPT), str(spec)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def run(config: TrainConfig, *, num_ranks: int = 2) -> tuple[int, str]:
-    process = start(config, num_ranks=num_ranks)
-    output, _ = process.communicate(timeout=280)
-    return process.returncode, output
 
 
 def checkpoints_of(run_dir: Path) -> list[int]:
@@ -123,6 +106,7 @@ def test_finished_run_started_again_does_nothing(finished: Path, shards: Path) -
     assert times() == before
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
     finished: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -185,11 +169,6 @@ def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_pa
     code, output = run(config.model_copy(update={"num_steps": step + 2}))
     assert code == 0, output
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, step + 3))
-
-
-def ranks_of(torchrun: int) -> list[int]:
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    return [int(child) for child in children]
 
 
 def test_model_that_does_not_fit_the_codes_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from synthetic_shards import train_config, write_shard_set
-from test_training_ranks import checkpoints_of, run, weights_of
+from training_processes import run
 
 from pipeline.loader import Loader
 from pipeline.shard_set import ShardSet
+from pipeline.storage import open_storage
+from training.checkpoint import list_checkpoints
 from training.config import TrainConfig
 from training.json_lines import read_json_lines
 from training.metrics import read_metrics
+from training.run_weights import find_run_checkpoint
 from training.tensorar import build_model
 from training.weights import save_model
 
@@ -83,7 +86,7 @@ def test_steps_without_a_finite_loss_are_skipped_counted_named_and_limited(shard
     assert f"train step {last}: at most max_skipped_steps = {limit} steps may have a loss or gradient norm" in output
     assert f"got {limit + 1} (loss nan, norm None)" in output
     assert [line["step"] for line in read_json_lines(run_dir / "skipped_steps.jsonl")] == sorted(expected)[: limit + 1]
-    assert checkpoints_of(run_dir) == [6]
+    assert list_checkpoints(open_storage(str(run_dir))) == [6]
 
 
 @pytest.mark.slow
@@ -97,6 +100,8 @@ def test_a_run_that_skips_every_step_ends_with_the_weights_that_it_began_with(
     assert code == 0, output
     assert [line["num_skipped_steps"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
     torch.manual_seed(0)
-    before, after = build_model(config.model).state_dict(), weights_of(tmp_path / "run")
+    checkpoint = find_run_checkpoint(config.run_dir, s3=config.s3)
+    assert checkpoint is not None
+    before, after = build_model(config.model).state_dict(), checkpoint.read_weights()
     before.pop(LABEL_TABLE)
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
