@@ -47,10 +47,11 @@ class WandbBoard:
             dir=str(directory),
             resume="allow",
         )
+        # W&B's own step can only rise, so that what a resume repeats would be lost; charts are drawn over ours.
+        self._run.define_metric("*", step_metric="step")
 
     def show(self, step: int, numbers: dict[str, float]) -> None:
         """Add numbers of a step; the same step may come again, for validation or after a resume."""
-        # W&B's own step can only rise, so that what a resume repeats would be lost.
         self._run.log({**numbers, "step": step})
 
     def close(self) -> None:
