@@ -177,6 +177,9 @@ class _Run:
                 self._validate(is_due=is_last)
                 if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:
                     self._save()
+        except FloatingPointError:
+            self._writer.close()  # every rank is here, so that the save under way can end
+            raise
         finally:
             self._close()
         self._stepper.watchdog.enter("commit", step=self._step)

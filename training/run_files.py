@@ -30,7 +30,7 @@ class RunFiles:
     """The files of one rank."""
 
     def __init__(self, config: TrainConfig, *, rank: int) -> None:
-        """Find the places; where this machine lacks the rank's log it is brought back, so that it goes on.
+        """Find the places; where the storage has more of the rank's log it is brought back, so that it goes on.
 
         Args:
             config: of the run.
@@ -45,17 +45,18 @@ class RunFiles:
         self._copied: dict[str, tuple[int, int]] = {}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-files")
         self._pending: Future[None] | None = None
-        if self._storage is not None and not self.log.exists():
-            self._try(lambda storage: self._bring(storage, self._name(self.log)))
+        self._has_records = False
+        self._try(self._bring_log)
 
     def bring_records(self, *, step: int) -> None:
         """Bring back the metrics of a run that goes on after `step`, where the storage holds more of them; rank 0."""
+        self._has_records = True
         for name in _RECORDS:
             self._try(partial(self._bring_longer, name=name, step=step))
 
     def publish_records(self) -> None:
         """Copy what a resume needs; returns when it is there. To be called before a checkpoint is saved."""
-        if self._rank == 0:
+        if self._has_records:  # else this machine's may be older than the stored ones
             self._try(lambda storage: self._copy(storage, [self.directory / name for name in _RECORDS]))
 
     def publish(self) -> None:
@@ -95,11 +96,12 @@ class RunFiles:
                     shutil.copyfile(path, staged_path)  # a copy that does not grow while it is sent
                 self._copied[name] = mark
 
-    def _bring(self, storage: Storage, name: str) -> None:
-        if storage.find(name) is not None:
-            path = self.directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(storage.read_bytes(name))
+    def _bring_log(self, storage: Storage) -> None:
+        name = self._name(self.log)
+        stored = storage.find(name)
+        if stored is not None and stored.num_bytes > (self.log.stat().st_size if self.log.exists() else 0):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_bytes(storage.read_bytes(name))
 
     def _bring_longer(self, storage: Storage, *, name: str, step: int) -> None:
         """Take the stored file where it has more lines up to `step` than the local one: another machine wrote them."""

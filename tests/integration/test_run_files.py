@@ -40,6 +40,7 @@ def test_everything_is_in_the_storage_when_a_run_has_ended(config: TrainConfig) 
             files.log.parent.mkdir(exist_ok=True)
             files.log.write_text(f"of rank {rank}\n")
             if rank == 0:
+                files.bring_records(step=0)
                 write_metrics(files.directory, after=0, steps=[1, 2])
                 files.publish_records()
                 assert storage.read_bytes("metrics.jsonl").count(b"\n") == 2
@@ -53,6 +54,7 @@ def test_a_machine_without_them_goes_on_where_the_other_left_off(config: TrainCo
     with closing(RunFiles(config, rank=0)) as files:
         files.log.parent.mkdir(exist_ok=True)
         files.log.write_text("first machine\n")
+        files.bring_records(step=0)
         write_metrics(files.directory, after=0, steps=[1, 2, 3, 4, 5])
     shutil.rmtree(local_run_dir(config.run_dir))
     with closing(RunFiles(config, rank=0)) as files:
@@ -64,11 +66,22 @@ def test_a_machine_without_them_goes_on_where_the_other_left_off(config: TrainCo
 
 def test_a_machine_that_has_more_of_them_keeps_its_own(config: TrainConfig) -> None:
     with closing(RunFiles(config, rank=0)) as files:
+        files.bring_records(step=0)
         write_metrics(files.directory, after=0, steps=[1, 2])
         files.publish_records()
         write_metrics(files.directory, after=2, steps=[3, 4])
         files.bring_records(step=3)
         assert steps_of(files.directory) == [1, 2, 3, 4]
+
+
+def test_a_machine_that_has_nothing_to_do_leaves_the_stored_ones_alone(config: TrainConfig) -> None:
+    with closing(RunFiles(config, rank=0)) as files:
+        files.bring_records(step=0)
+        write_metrics(files.directory, after=0, steps=[1, 2])
+    write_metrics(files.directory, after=0, steps=[1])  # as an older machine has them
+    with closing(RunFiles(config, rank=0)):
+        pass
+    assert open_storage(config.run_dir, s3=config.s3).read_bytes("metrics.jsonl").count(b"\n") == 2
 
 
 def test_a_storage_that_cannot_be_written_is_a_warning(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:

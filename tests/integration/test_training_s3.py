@@ -55,4 +55,4 @@ def test_a_run_on_s3_goes_on_elsewhere_with_all_its_metrics(s3_url: str, tmp_pat
     log = storage.read_bytes("logs/rank_00000.log").decode()
     assert "step=4/4" in log
     assert "step=6/6" in log
-    assert len([name for name in storage.list("tensorboard/")]) == 2
+    assert len(storage.list("tensorboard/")) == 2
