@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from training.config import ModelConfig, TrainConfig
-from training.engine import build_engine, full_weights, grad_norm
+from training.engine import build_engine, full_average, full_weights, grad_norm
 from training.loss import window_loss
 from training.ranks import join_ranks, leave_ranks
 from training.tensorar import build_model
@@ -37,6 +37,7 @@ config = TrainConfig(
         "betas": steps["betas"],
         "weight_decay": steps["weight_decay"],
         "max_grad_norm": steps["max_grad_norm"],
+        "ema_decay": steps["ema_decay"],
     },
     engine={"zero_stage": zero_stage, "dtype": "float32", "global_batch_size": 4},
 )
@@ -58,6 +59,9 @@ for step in range(5):
 weights = full_weights(engine, is_kept=True)
 for name, wanted in steps["final_state_dict"].items():
     torch.testing.assert_close(weights["base." + name], wanted, atol=2e-5, rtol=0)
+averages = full_average(engine, is_kept=True)
+for name, wanted in steps["ema"].items():
+    torch.testing.assert_close(averages["base." + name], wanted, atol=1e-8, rtol=1e-6)  # 5 steps of rounding
 leave_ranks(ranks)
 sys.stdout.flush()
 os._exit(0)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.adamw import AVERAGE, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
 
@@ -93,10 +94,11 @@ def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engi
     settings = deepspeed_settings(
         config.engine, max_grad_norm=config.optimizer.max_grad_norm, world_size=ranks.world_size
     )
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         parameter_groups(model, weight_decay=config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
+        ema_decay=config.optimizer.ema_decay,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(
@@ -146,6 +148,38 @@ def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
         if is_kept:
             weights[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True)
     return weights
+
+
+def link_optimizer_states(engine: Engine) -> None:
+    """Make DeepSpeed's access to optimiser states by parameter whole, at ZeRO 1 and 2.
+
+    DeepSpeed 0.19.8 links parameters to states once, after the step of the first parameter group, when the states of
+    the other groups (here: what does not decay) do not exist yet; reading those then fails.
+    """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def full_average(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """Return the whole float32 moving average of the weights by name, on the CPU; called by every rank.
+
+    Args:
+        engine: of any ZeRO stage, with `optimizer.ema_decay` set, after at least one step.
+        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (see `build_engine`)
+
+    link_optimizer_states(engine)
+    averages: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_optimizer_state(parameter, AVERAGE)
+        if full is None:  # ZeRO 0 in float32: torch's own optimiser
+            full = engine.optimizer.state[parameter][AVERAGE]
+        if is_kept:
+            averages[name] = full.detach().to("cpu", torch.float32, copy=True)
+    return averages
 
 
 def grad_norm(engine: Engine) -> float | None:
