@@ -34,8 +34,8 @@ class StepMeasures:
     loss: float
     loss_of_offset: list[float]
     accuracy_of_offset: list[float]
-    grad_norm: float | None
-    """Before clipping; none where the loss is not finite."""
+    grad_norm: float
+    """Before clipping."""
     num_skipped_steps: int
     """Steps of the run so far that were skipped, this one included."""
 

@@ -39,13 +39,13 @@ class SkippedSteps:
         self.count = count
         """Steps skipped so far."""
 
-    def add(self, step: int, *, loss: float, grad_norm: float | None, sample_names: Callable[[], list[str]]) -> None:
+    def add(self, step: int, *, loss: float, grad_norm: float, sample_names: Callable[[], list[str]]) -> None:
         """Record a step that was skipped; called by every rank.
 
         Args:
             step: its number.
             loss: over all ranks.
-            grad_norm: before clipping; none where the loss already forbade the update.
+            grad_norm: before clipping.
             sample_names: gives the samples of this rank that may be the cause.
 
         Raises:
@@ -80,6 +80,6 @@ class SkippedSteps:
             self._lines.close()
 
 
-def _in_json(value: float | None) -> float | str | None:
+def _in_json(value: float) -> float | str:
     """Return a number as JSON can hold it: `nan` and `inf` as text, which tell more than null here."""
-    return value if value is None or math.isfinite(value) else str(value)
+    return value if math.isfinite(value) else str(value)

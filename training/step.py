@@ -30,8 +30,8 @@ class StepOutcome:
     """Mean over the global batch, as the next two."""
     loss_of_offset: list[float]
     accuracy_of_offset: list[float]
-    grad_norm: float | None
-    """Before clipping; none where the loss is not finite."""
+    grad_norm: float
+    """Before clipping; not finite where the loss is not."""
     data_wait_s: float
     """Mean over the ranks."""
     is_stopped: bool
@@ -42,7 +42,7 @@ class StepOutcome:
     @property
     def is_skipped(self) -> bool:
         """Whether weights and optimiser are as before, since loss or norm is not finite."""
-        return self.grad_norm is None or not math.isfinite(self.grad_norm)
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
 
 class Stepper:
@@ -72,12 +72,14 @@ class Stepper:
         *sums, num_stops, waits_s = self.ranks.sum(torch.cat([measures.sum(0), told])).tolist()
         means = [value / (self._num_micro_steps * self.ranks.world_size) for value in sums]
         self.watchdog.enter("update", step=step)
+        grad_norm = take_step(self.engine, may_update=math.isfinite(means[0]))
+        assert grad_norm is not None
         window_size = config.model.window_size
         return StepOutcome(
             loss=means[0],
             loss_of_offset=means[1 : 1 + window_size],
             accuracy_of_offset=means[1 + window_size :],
-            grad_norm=take_step(self.engine, may_update=math.isfinite(means[0])),
+            grad_norm=grad_norm,
             data_wait_s=waits_s / self.ranks.world_size,
             is_stopped=num_stops > 0,
             suspects_B=self._suspects(measures, len(batch.labels_B)),
@@ -105,7 +107,7 @@ class Stepper:
         self.watchdog.enter("backward", step=step)
         self.engine.backward(result.loss)
         if index < self._num_micro_steps - 1:
-            self.engine.step()  # counts the micro step; the last one's is the update
+            take_step(self.engine, may_update=True)  # only counts the micro step
         parts = [result.loss.detach()[None], result.loss_of_offset_K, result.accuracy_of_offset_K]
         return torch.cat(parts).double()
 
