@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pipeline.loader import Batch
@@ -82,7 +83,7 @@ class Stepper:
             grad_norm=grad_norm,
             data_wait_s=waits_s / self.ranks.world_size,
             is_stopped=num_stops > 0,
-            suspects_B=self._suspects(measures, len(batch.labels_B)),
+            suspects_B=_suspects(measures, batch_size=0 if math.isfinite(means[0]) else len(batch.labels_B)),
         )
 
     def _take_micro_step(self, batch: Batch, step: int, index: int) -> torch.Tensor:
@@ -115,8 +116,16 @@ class Stepper:
         size = batch_size // self._num_micro_steps
         return slice(index * size, (index + 1) * size)
 
-    def _suspects(self, measures: torch.Tensor, batch_size: int) -> Int64Array:
-        """Return where the samples of micro batches are whose own loss (the first measure) is not finite."""
-        is_suspect = ~measures[:, 0].isfinite().cpu().numpy()
-        suspects: Int64Array = is_suspect.repeat(batch_size // self._num_micro_steps).nonzero()[0]
-        return suspects
+
+def _suspects(measures: torch.Tensor, *, batch_size: int) -> Int64Array:
+    """Return where the samples of micro batches are whose own loss is not finite.
+
+    Args:
+        measures: (micro steps, measures), the loss first.
+        batch_size: samples of this rank; 0 asks the device nothing.
+    """
+    if batch_size == 0:
+        return np.empty(0, dtype=np.int64)
+    is_suspect = ~measures[:, 0].isfinite().cpu().numpy()
+    suspects: Int64Array = is_suspect.repeat(batch_size // len(measures)).nonzero()[0]
+    return suspects
