@@ -97,7 +97,7 @@ def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointReco
     model = build_model(config.model)
     if record is None and config.warm_start is not None:
         logger.info("warm start from %s", config.warm_start)
-        warm_start(model, config.warm_start)
+        warm_start(model, config.warm_start, s3=config.s3)
     engine = build_engine(model, config=config, ranks=ranks)
     if record is not None:
         resume_engine(engine, config=config, record=record)
