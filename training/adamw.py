@@ -33,13 +33,14 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Takes AdamW's step, then moves the averages of the parameters that are in the groups now.
+        """Takes AdamW's step, then moves the averages of what it updated: parameters in the groups that have a gradient.
 
         ZeRO swaps its partitions in and out of the groups around a call, one at a time.
         """
         if self.ema_decay is None:
             return super().step(closure)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
         # Adam fills the state of a parameter only while it is empty, so the average may enter it only after the step.
         begun = {p: p.detach().clone().float() for p in parameters if AVERAGE not in self.state[p]}
         loss = super().step(closure)
