@@ -13,7 +13,7 @@ from pipeline.storage import open_storage
 from training.checkpoint import list_checkpoints
 from training.metrics import read_metrics
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 6.0
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_a_stopped_rank_is_named_and_the_rerun_goes_on(tmp_path: Path) -> None:
     os.kill(stopped, signal.SIGKILL)  # torchrun would, in half a minute
     output, _ = process.communicate(timeout=60)
     assert "rank 0 ends: rank 1 is hung in step" in output
-    assert "stopped, dead or cut off, no heartbeat for more than 4 s" in output
+    assert "stopped, dead or cut off, no heartbeat for more than 6 s" in output
     assert "exitcode  : 76" in output
     assert "in _take_micro_step" in log.read_text()  # the stack of the rank that waited
     step = list_checkpoints(open_storage(str(tmp_path / "run")))[-1]
