@@ -21,8 +21,8 @@ import ray
 
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig
-from pipeline.local_storage import exclusive, local_path
-from training.checkpoint import newest_whole_checkpoint, step_of_checkpoint
+from pipeline.local_storage import LocalStorage, exclusive, local_path
+from training.checkpoint import checkpoint_name, newest_whole_checkpoint
 from training.config import TrainConfig
 from training.follow import follow_metrics
 from training.loop import TrainResult, train
@@ -58,10 +58,10 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
         with exclusive(run_dir) if os.environ.get("RANK") == "0" else nullcontext():
             _exit_as_rank(train(config))
     with exclusive(run_dir):
-        finished = newest_whole_checkpoint(run_dir)
-        if finished is not None and step_of_checkpoint(finished) >= config.num_steps:
-            logger.info("run %s is finished: step=%d", run_dir, step_of_checkpoint(finished))
-            return TrainResult(step=step_of_checkpoint(finished), is_finished=True, checkpoint=finished)
+        finished = newest_whole_checkpoint(LocalStorage(run_dir))
+        if finished is not None and finished.step >= config.num_steps:
+            logger.info("run %s is finished: step=%d", run_dir, finished.step)
+            return _result(run_dir, finished.step)
         with ray_session(config.cluster):
             if config.cluster.address == "local":
                 check_gpus(config.cluster, num_gpus=ray.cluster_resources().get("GPU", 0.0))
@@ -69,10 +69,14 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
             if progress:
                 follow_metrics(config, until=fit.is_over)
             fit.wait()
-        finished = newest_whole_checkpoint(run_dir)
-    if finished is None or step_of_checkpoint(finished) < config.num_steps:
+        finished = newest_whole_checkpoint(LocalStorage(run_dir))
+    if finished is None or finished.step < config.num_steps:
         raise LaunchError(f"train {run_dir}: the ranks ended before step {config.num_steps}; see {run_dir}/logs")
-    return TrainResult(step=step_of_checkpoint(finished), is_finished=True, checkpoint=finished)
+    return _result(run_dir, finished.step)
+
+
+def _result(run_dir: Path, step: int) -> TrainResult:
+    return TrainResult(step=step, is_finished=True, checkpoint=f"{run_dir}/{checkpoint_name(step)}")
 
 
 def worker_variables(config: ClusterConfig) -> dict[str, str]:
