@@ -20,6 +20,8 @@ from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
 
 SPEC_NAME = "spec.json"
+EXIT_STOPPED = 75
+"""Exit code of a training run that was told to stop and saved first (EX_TEMPFAIL: run it again to go on)."""
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),
@@ -67,6 +69,10 @@ BEGUN_WITH = {
 """What a job of each kind leaves as soon as there is something to resume; until then its spec binds nobody."""
 
 
+class RunStoppedError(RuntimeError):
+    """A run was told to stop and has taken a checkpoint; running the same spec again goes on."""
+
+
 def run_spec(spec: Spec, *, progress: bool = True) -> Any:
     """Result of running a spec to its end; work that its run_dir already holds is not done again.
 
@@ -79,6 +85,7 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
         Path of the results.
 
     Raises:
+        RunStoppedError: training was told to stop, and saved first.
         ArtifactError: the run_dir holds a run of another spec, or something that the job reads is missing or damaged.
     """
     if not _is_later_rank(spec):

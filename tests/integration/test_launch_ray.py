@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from synthetic_shards import train_config, write_shard_set
 
-from jobs.launch import LaunchError, check_gpus, launch_training, worker_variables
+from jobs.launch import LaunchError, check_gpus, launch_training
+from jobs.ray_ranks import worker_variables
 from pipeline.config import ClusterConfig
 from training.checkpoint import verify_checkpoint
 from training.metrics import read_metrics
