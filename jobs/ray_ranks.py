@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 _OF_THE_MACHINE = ("RayActorError", "ActorDiedError", "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError")
 _OF_THE_START = ("WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError")
 _SIGNS_OF_A_LOST_PEER = ("onnection", "gloo", "NCCL", "ncclUnhandled", "store")
+_SIGNS_OF_DEATH = tuple(
+    re.compile(sign) for sign in (r"\bpid[:=] ?(\d+)", r"\bip[:=] ?'?([\d.a-f:]+)", r"exit detail: (.*?)\. (?:[A-Z]|$)")
+)
+"""Of the process, its node's address, and Ray's word on what happened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +137,8 @@ def describe_failure(error: Exception) -> RanksFailedError:
         )
     # When a rank dies the others lose their connections to it; the cause is what did not.
     rank = min(failures, key=lambda rank: (_suspicion(failures[rank]), rank))
-    cause = failures[rank]
     return RanksFailedError(
-        f"{type(cause).__name__}: {_one_line(cause)}",
+        _told(failures[rank]),
         rank=rank,
         is_worth_retrying=all(is_worth_retrying(failure) for failure in failures.values()),
         is_preemption=any(_is_of_preemption(failure) for failure in failures.values()),
@@ -161,6 +165,17 @@ def _suspicion(error: Exception) -> int:
     if type(error).__name__ in _OF_THE_MACHINE:
         return 1
     return 2 if any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PEER) else 1
+
+
+def _told(error: Exception) -> str:
+    """The error in one line; of Ray's paragraphs about a dead process, what happened to which."""
+    text = _one_line(error)
+    if type(error).__name__ not in _OF_THE_MACHINE:
+        return f"{type(error).__name__}: {text}"
+    pid, address, detail = (found[1] if (found := sign.search(text)) else "unknown" for sign in _SIGNS_OF_DEATH)
+    if "node" in detail or "node has died" in text:
+        return f"its node {address} was lost ({detail})"
+    return f"its process {pid} on {address} died ({detail}); out of memory, if nobody killed it"
 
 
 def _is_of_preemption(error: Exception) -> bool:

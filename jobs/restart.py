@@ -113,6 +113,8 @@ def find_room(config: TrainConfig, *, stop: StopRequest, is_patient: bool) -> in
                 return number
         if not is_patient:
             return None
+        if stop.is_made.is_set():
+            break
         logger.warning(
             "train %s: the cluster has no room for %s ranks; waiting for nodes", config.run_dir, _told(numbers)
         )
@@ -155,8 +157,8 @@ class _Failures:
         self._num_restarts += 1
         line = self._cause | {"from_step": self._step_of_start, "num_ranks": num_ranks}
         logger.warning(
-            "restart %d: %s; goes on from step %d with %d of %d ranks (failures in a row without a new checkpoint: %d, at "
-            "most %d)",
+            "restart %d after %s: goes on from step %d with %d of %d ranks "
+            "(%d in a row without a new checkpoint, at most %d)",
             *(self._num_restarts, line["cause"], self._step_of_start, num_ranks, self._config.cluster.num_workers),
             *(self._num_in_a_row, self._config.cluster.max_failures),
         )
@@ -174,7 +176,7 @@ class _Failures:
         has_got_on = newest_step(self._config) > self._step_of_start
         self._num_in_a_row = (0 if has_got_on else self._num_in_a_row) + (0 if error.is_preemption else 1)
         self._cause = {"cause": str(error), "rank": error.rank, "failures_in_a_row": self._num_in_a_row}
-        logger.warning("train %s: %s", self._config.run_dir, error)
+        logger.warning("%s", error)
         if self._num_in_a_row > self._config.cluster.max_failures:
             raise self._last(error)
 

@@ -1,4 +1,4 @@
-"""`tensorar run` of a training spec in a process of its own, and what tests do to it: wait for a step, find its ranks."""
+"""`tensorar run` of a training spec in a process of its own, and what tests do to it: wait, find its ranks."""
 
 import contextlib
 import os
