@@ -169,7 +169,7 @@ def verify(*, directory: str, endpoint_url: str | None, deep: bool, max_differin
     for problem in verdict.problems:
         click.echo(problem, err=True)
     if verdict.problems:
-        click.echo(f"{directory}: {len(verdict.problems)} problems", err=True)
+        click.echo(f"{directory}: {verdict.checked}; {len(verdict.problems)} problems", err=True)
         sys.exit(EXIT_FAILED)
     click.echo(f"{directory}: {verdict.checked}; everything is whole")
 
@@ -189,13 +189,21 @@ def preview(*, directory: str, endpoint_url: str | None, output: Path | None) ->
 @main.command()
 @DIRECTORY
 @ENDPOINT_URL
-@click.option("--to", type=click.Choice(["llamagen"]), required=True, help="llamagen: npy files of a shard set.")
-@click.option("--output", required=True, help="Directory or s3:// URL to write below.")
-def export(*, directory: str, endpoint_url: str | None, to: str, output: str) -> None:
+@click.option(
+    "--to",
+    type=click.Choice(["llamagen", "safetensors"]),
+    required=True,
+    help="llamagen: npy files of a shard set, a .pt of a training run. safetensors: a training run in one file.",
+)
+@click.option("--output", required=True, help="Path or s3:// URL: of a directory for a shard set, of a file for a run.")
+@click.option("--ema", "use_ema", is_flag=True, help="A run's moving average of the weights.")
+@click.option("--step", type=click.IntRange(min=1), help="Checkpoint of a run; default the newest whole one.")
+def export(*, directory: str, endpoint_url: str | None, to: str, output: str, use_ema: bool, step: int | None) -> None:
     """Write what DIR holds in the layout of another project; running it again resumes it."""
     from jobs.export import export_directory  # noqa: PLC0415  (imports numpy)
 
-    click.echo(export_directory(directory, to=to, output=output, s3=S3Config(endpoint_url=endpoint_url)))
+    s3 = S3Config(endpoint_url=endpoint_url)
+    click.echo(export_directory(directory, to=to, output=output, use_ema=use_ema, step=step, s3=s3))
 
 
 @main.command()

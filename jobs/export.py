@@ -6,30 +6,47 @@ from pipeline.config import S3Config
 from pipeline.export import LlamaGenExport, export_llamagen
 from pipeline.ledger import MANIFEST_NAME
 from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import CHECKPOINTS, step_in_name
 
-SHARD_SET_LAYOUTS = ("llamagen",)
+LAYOUTS = ("llamagen", "safetensors")
 
 
-def export_directory(url: str, *, to: str, output: str, s3: S3Config) -> str:
+def export_directory(
+    url: str, *, to: str, output: str, s3: S3Config, use_ema: bool = False, step: int | None = None
+) -> str:
     """Write a directory's content in another project's layout and return lines that say what is where.
 
     Args:
-        url: The run_dir of a finished tokenize job.
-        to: One of `SHARD_SET_LAYOUTS`.
-        output: Directory or `s3://` URL to write below.
+        url: The run_dir of a finished tokenize job or of a train job, or one checkpoint of that.
+        to: One of `LAYOUTS`; a shard set goes to `llamagen` only.
+        output: Path or `s3://` URL: of a directory to write a shard set below, of the file that a run becomes.
         s3: How S3 is reached.
+        use_ema: Whether to take a run's moving average of the weights.
+        step: Of the checkpoint of a run; none is the newest whole one.
 
     Raises:
-        ArtifactError: it is no finished shard set, or it cannot be exported.
+        ArtifactError: it is neither, or it cannot be exported.
     """
+    assert to in LAYOUTS
     storage = open_storage(url, s3=s3)
-    if storage.find(MANIFEST_NAME) is None:
+    if storage.find(MANIFEST_NAME) is not None:
+        if to != "llamagen" or use_ema or step is not None:
+            raise ArtifactError(
+                f"export {url}: a shard set must go --to llamagen without --ema and --step, got --to {to} or one of "
+                "them; drop what is of training runs"
+            )
+        return _llamagen_lines(export_llamagen(storage, output=output, s3=s3))
+    is_checkpoint = step_in_name(url.rstrip("/").rpartition("/")[2]) is not None
+    if not is_checkpoint and not storage.list(f"{CHECKPOINTS}/"):
         raise ArtifactError(
-            f"export {url}: the directory must be the run_dir of a finished tokenize job, "
-            f"got no {MANIFEST_NAME} in it; finish the job or check the path"
+            f"export {url}: the directory must be the run_dir of a finished tokenize job or of a train job, "
+            f"got neither {MANIFEST_NAME} nor {CHECKPOINTS}/ in it; finish the job or check the path"
         )
-    assert to in SHARD_SET_LAYOUTS
-    return _llamagen_lines(export_llamagen(storage, output=output, s3=s3))
+    from training.export import export_run  # noqa: PLC0415  (imports torch)
+
+    done = export_run(url, to=to, output=output, use_ema=use_ema, step=step, s3=s3)
+    use = f"warm_start={output}" if to == "llamagen" else f"weights={output}"
+    return f"weights: {output} ({done.num_tensors} tensors, {done.what} of step {done.step})\nnext:    --set {use}"
 
 
 def _llamagen_lines(done: LlamaGenExport) -> str:

@@ -23,8 +23,8 @@ from jobs.run import EXIT_STOPPED, RunStoppedError
 from jobs.stopping import StopRequest, stop_request
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig
-from pipeline.local_storage import exclusive, local_path
-from training.checkpoint import newest_whole_checkpoint, step_of_checkpoint
+from pipeline.storage import Storage, open_storage
+from training.checkpoint import checkpoint_name, newest_whole_checkpoint
 from training.config import TrainConfig
 from training.follow import follow_metrics
 from training.loop import TrainResult, train
@@ -51,14 +51,14 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
         RunStoppedError: SIGTERM, Ctrl-C or a preemption ended the run after a checkpoint.
         ArtifactError: the inputs do not fit, the checkpoints are all damaged, or another job works in the run_dir.
     """
-    run_dir = local_path(config.run_dir).resolve()
+    storage = open_storage(config.run_dir, s3=config.s3)
     if config.cluster.launcher == "torchrun":
-        with exclusive(run_dir) if os.environ.get("RANK") == "0" else nullcontext():
+        with storage.exclusive() if os.environ.get("RANK") == "0" else nullcontext():
             _exit_as_rank(train(config))
-    with exclusive(run_dir), stop_request() as stop:
-        finished = _finished(config)
+    with storage.exclusive(), stop_request() as stop:
+        finished = _finished(config, storage)
         if finished is not None:
-            logger.info("run %s is finished: step=%d", run_dir, finished.step)
+            logger.info("run %s is finished: step=%d", storage, finished.step)
             return finished
         check_inputs(config)
         outcome = _run_under_ray(config, stop=stop, progress=progress)
@@ -81,14 +81,15 @@ def check_gpus(cluster: ClusterConfig, *, num_gpus: float) -> None:
         )
 
 
-def _finished(config: TrainConfig) -> TrainResult | None:
+def _finished(config: TrainConfig, storage: Storage) -> TrainResult | None:
     """The result of a run that has nothing left to do; its checkpoint is verified only where its step says so."""
     if newest_step(config) < config.num_steps:
         return None
-    checkpoint = newest_whole_checkpoint(local_path(config.run_dir).resolve())
-    if checkpoint is None or step_of_checkpoint(checkpoint) < config.num_steps:
+    record = newest_whole_checkpoint(storage)
+    if record is None or record.step < config.num_steps:
         return None
-    return TrainResult(step=step_of_checkpoint(checkpoint), is_finished=True, checkpoint=checkpoint)
+    url = storage.url_of(checkpoint_name(record.step))
+    return TrainResult(step=record.step, is_finished=True, checkpoint=url)
 
 
 def _run_under_ray(config: TrainConfig, *, stop: StopRequest, progress: bool) -> Outcome | None:

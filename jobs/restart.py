@@ -20,7 +20,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
 from jobs.stopping import StopRequest
 from pipeline.config import ClusterConfig
-from training.checkpoint import list_checkpoints, step_of_checkpoint
+from pipeline.storage import open_storage
+from training.checkpoint import list_checkpoints
 from training.config import TrainConfig
 from training.run_dir import local_run_dir
 
@@ -197,5 +198,5 @@ class _Failures:
 
 def newest_step(config: TrainConfig) -> int:
     """Return the step of a run's newest committed checkpoint, unverified; 0 where there is none."""
-    paths = list_checkpoints(local_run_dir(config.run_dir))
-    return step_of_checkpoint(paths[-1]) if paths else 0
+    steps = list_checkpoints(open_storage(config.run_dir, s3=config.s3))
+    return steps[-1] if steps else 0

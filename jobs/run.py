@@ -118,7 +118,8 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    storage = open_storage(spec.run_dir, s3=spec.s3) if isinstance(spec, TokenizeConfig) else _local(spec.run_dir)
+    has_s3 = isinstance(spec, TokenizeConfig | TrainConfig)
+    storage = open_storage(spec.run_dir, s3=spec.s3) if has_s3 else _local(spec.run_dir)
     new = spec.model_dump(mode="json")
     if storage.find(SPEC_NAME) is not None:
         old = _read(storage)
@@ -159,7 +160,8 @@ def _is_later_rank(spec: Spec) -> bool:
 
 
 def _has_begun(storage: Storage, *, kind: str) -> bool:
-    return kind not in BEGUN_WITH or storage.find(BEGUN_WITH[kind]) is not None
+    name = BEGUN_WITH.get(kind)
+    return name is None or storage.find(name) is not None or bool(storage.list(f"{name}/"))
 
 
 def _told(differing: list[tuple[str, Any, Any]]) -> str:

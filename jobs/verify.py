@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from pipeline.config import S3Config
 from pipeline.ledger import MANIFEST_NAME
-from pipeline.local_storage import LocalStorage
 from pipeline.resume import PLAN_NAME
 from pipeline.storage import ArtifactError, Storage, open_storage
 from pipeline.verify import verify_shard_set
-from training.checkpoint import checkpoints_dir, list_checkpoints, verify_checkpoint
+from training.checkpoint import CHECKPOINTS, list_checkpoints, verify_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +35,23 @@ def verify_directory(url: str, *, s3: S3Config, deep: bool = False, max_differin
     storage = open_storage(url, s3=s3)
     if any(storage.find(name) is not None for name in (PLAN_NAME, MANIFEST_NAME)):
         return _verify_shard_set(storage, s3=s3, deep=deep, max_differing=max_differing)
-    if not isinstance(storage, LocalStorage) or not checkpoints_dir(storage.root).is_dir():
+    if not storage.list(f"{CHECKPOINTS}/"):
         raise ArtifactError(
             f"verify {url}: the directory must be the run_dir of a tokenize or a train job, "
             "got neither plan.json nor checkpoints/ in it; check the path"
         )
-    paths = list_checkpoints(storage.root)
-    problems = [problem for path in paths for problem in verify_checkpoint(path)]
-    return Verdict(checked=f"{len(paths)} checkpoints of a training run", problems=problems)
+    return _verify_run(storage)
+
+
+def _verify_run(storage: Storage) -> Verdict:
+    """Check every checkpoint; a damaged file is one problem, and the verdict says which checkpoints are whole."""
+    steps = list_checkpoints(storage)
+    problems = {step: verify_checkpoint(storage, step) for step in steps}
+    whole = ", ".join(str(step) for step in steps if not problems[step]) or "none"
+    return Verdict(
+        checked=f"{len(steps)} checkpoints of a training run; whole are those of step {whole}",
+        problems=[problem for found in problems.values() for problem in found],
+    )
 
 
 def _verify_shard_set(storage: Storage, *, s3: S3Config, deep: bool, max_differing: float) -> Verdict:

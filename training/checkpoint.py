@@ -1,9 +1,9 @@
-"""Checkpoints on disk: a directory is whole, or it is not a checkpoint.
+"""Checkpoints in a run's storage: a directory is whole, or it is not a checkpoint.
 
-Invariant: every file is fsynced and hashed by the rank that wrote it, `record.json` (sizes, hashes, step, world size,
-spec) is written last, and one rename makes `step_00001000.partial` into `step_00001000`. Finding one means listing and
-verifying, never trusting a pointer; a damaged one is skipped loudly. Nothing is unpickled before it is verified.
-Verifying costs one read of the files (about 1 GB/s of sha256). Light: imports no torch.
+Invariant: the ranks' files are hashed as they are written and fsynced, `record.json` (sizes, hashes, step, world size,
+spec) is written last, and on a file system one rename makes `step_00001000.partial` into `step_00001000`; on S3 the
+record itself is that moment. Finding one means listing and verifying, never trusting a pointer; a damaged one is
+skipped loudly. There are no pickles in it. Verifying costs one read of the files. Light: imports no torch.
 """
 
 from __future__ import annotations
@@ -14,31 +14,44 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.local_storage import sha256_of_file, write_json
-from pipeline.storage import ArtifactError
+from pipeline.local_storage import LocalStorage, sha256_of_file
+from pipeline.storage import ArtifactError, Storage, sha256_of
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
 RECORD = "record.json"
-MODEL_FILE = "model.safetensors"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+CHECKPOINTS = "checkpoints"
+NUM_HASHING_THREADS = 8
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
+
+
+class RunState(Config):
+    """Where a run is, beside its tensors."""
+
+    step: int
+    """Steps taken."""
+    samples_consumed: int
+    """Position of the loader."""
+    num_skipped_steps: int = 0
+    """Steps that were skipped because loss or gradient norm was not finite."""
 
 
 class FileRecord(Config):
     """One file of a checkpoint."""
 
     name: str
-    """Path below the checkpoint directory."""
+    """Name in the checkpoint's directory."""
     num_bytes: int
     sha256: str
 
@@ -51,8 +64,18 @@ class CheckpointRecord(Config):
     """Steps taken."""
     samples_consumed: int
     """Position of the loader."""
+    num_skipped_steps: int = 0
+    """Steps that were skipped because loss or gradient norm was not finite."""
+    optimizer_steps: int
+    """Steps that the optimiser counts."""
     world_size: int
+    """Of the run that wrote it; any other may read it."""
     zero_stage: int
+    """Of the run that wrote it; any other may read it."""
+    kinds: tuple[str, ...]
+    """States that are kept of every element: `weights`, Adam's moments, `ema` where there is one."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter."""
     fingerprint: Fingerprint
     """Tokenizer of the codes trained on."""
     spec: dict[str, Any]
@@ -60,8 +83,16 @@ class CheckpointRecord(Config):
     packages: dict[str, str]
     """Versions of torch, deepspeed and tensorar."""
     files: tuple[FileRecord, ...]
+    """One for each rank that wrote it, in rank order."""
     record_sha256: str = ""
     """Of the canonical JSON of all other fields; filled in when the record is written."""
+
+    @property
+    def state(self) -> RunState:
+        """Where the run was."""
+        return RunState(
+            step=self.step, samples_consumed=self.samples_consumed, num_skipped_steps=self.num_skipped_steps
+        )
 
     def digest(self) -> str:
         """Return what `record_sha256` must be."""
@@ -69,152 +100,211 @@ class CheckpointRecord(Config):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def checkpoints_dir(run_dir: Path) -> Path:
-    """Return the directory that holds the checkpoints of a run."""
-    return run_dir / "checkpoints"
+def checkpoint_name(step: int) -> str:
+    """Return the directory of the checkpoint of `step`, below the run's."""
+    return f"{CHECKPOINTS}/step_{step:08d}"
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Return the directory of the checkpoint of `step`."""
-    return checkpoints_dir(run_dir) / f"step_{step:08d}"
+def prepared_name(storage: Storage, step: int) -> str:
+    """Return the directory that the checkpoint of `step` is prepared in, below the run's.
+
+    On S3 it is the checkpoint's own: nothing can be renamed there, and what has no record is no checkpoint.
+    """
+    return checkpoint_name(step) + (_PARTIAL if isinstance(storage, LocalStorage) else "")
 
 
-def partial_path(path: Path) -> Path:
-    """Return where the checkpoint `path` is prepared."""
-    return path.with_name(path.name + _PARTIAL)
+def rank_file_name(rank: int) -> str:
+    """Return the name of a rank's file in a checkpoint."""
+    return f"rank_{rank:05d}.safetensors"
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the committed checkpoint directories of a run, oldest first, unverified."""
-    directory = checkpoints_dir(run_dir)
-    paths = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
-    return sorted(paths, key=step_of_checkpoint)
+def step_in_name(name: str) -> int | None:
+    """Return the step of a checkpoint's directory name; none where it is no such name."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
-def step_of_checkpoint(path: Path) -> int:
-    """Return the step in a checkpoint directory's name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+def list_checkpoints(storage: Storage) -> list[int]:
+    """Return the steps of the committed checkpoints of a run, oldest first, unverified."""
+    names = (name.split("/") for name in storage.list(f"{CHECKPOINTS}/"))
+    # A directory that lost its record is listed locally, where only a rename makes the name; on S3 it is a leftover.
+    is_local = isinstance(storage, LocalStorage)
+    directories = {parts[1] for parts in names if len(parts) > 2 and (is_local or parts[2:] == [RECORD])}
+    return sorted(step for step in map(step_in_name, directories) if step is not None)
 
 
-def read_record(path: Path) -> CheckpointRecord:
-    """Return the record of a checkpoint directory.
+def read_record(storage: Storage, step: int) -> CheckpointRecord:
+    """Return the record of the checkpoint of `step`.
 
     Raises:
-        ArtifactError: it is missing or damaged.
+        ArtifactError: it is missing, damaged or of another version.
     """
+    name = checkpoint_name(step)
+    doing = f"read checkpoint {storage.url_of(name)}"
     try:
-        record = CheckpointRecord.model_validate_json((path / RECORD).read_bytes())
+        values = json.loads(storage.read_bytes(f"{name}/{RECORD}"))
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != RECORD_VERSION:
+            raise ArtifactError(
+                f"{doing}: version in {RECORD} must be {RECORD_VERSION}, got {version!r}; go on with the tensorar that "
+                "wrote it, or begin a new run_dir with warm_start from its weights"
+            )
+        record = CheckpointRecord.model_validate(values)
     except FileNotFoundError:
-        raise ArtifactError(f"read checkpoint {path}: {RECORD} is missing; use another checkpoint") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{doing}: {RECORD} is missing; use another checkpoint") from None
+    except (ValidationError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"read checkpoint {path}: {RECORD} is damaged ({reason}); use another checkpoint") from None
+        raise ArtifactError(f"{doing}: {RECORD} is damaged ({reason}); use another checkpoint") from None
     if record.record_sha256 != record.digest():
-        raise ArtifactError(f"read checkpoint {path}: {RECORD} does not match its own sha256; use another checkpoint")
+        raise ArtifactError(f"{doing}: {RECORD} does not match its own sha256; use another checkpoint")
     return record
 
 
-def verify_checkpoint(path: Path) -> list[str]:
-    """Return what is wrong with a checkpoint directory, one line per file; nothing when it is whole."""
+def verify_checkpoint(storage: Storage, step: int, *, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Return what is wrong with a checkpoint, one line per file; nothing when it is whole.
+
+    Args:
+        storage: of the run.
+        step: of the checkpoint.
+        rank: of those who verify it together: each reads every `world_size`-th file.
+        world_size: how many they are.
+    """
+    name = checkpoint_name(step)
     try:
-        record = read_record(path)
-    except ArtifactError as error:
+        record = read_record(storage, step)
+    except (ArtifactError, OSError) as error:
         return [str(error)]
-    problems = [_problem_of_file(path, file) for file in record.files]
-    if record.step != step_of_checkpoint(path):
-        problems.append(f"{path.name}: {RECORD} is of step {record.step}")
-    return [problem for problem in problems if problem is not None]
+    with ThreadPoolExecutor(min(NUM_HASHING_THREADS, os.cpu_count() or 1)) as threads:
+        found = threads.map(lambda file: _problem_of_file(storage, name, file), record.files[rank::world_size])
+        problems = [problem for problem in found if problem is not None]
+    if record.step != step:
+        problems.append(f"{name}: {RECORD} is of step {record.step}")
+    return problems
 
 
-def _problem_of_file(path: Path, file: FileRecord) -> str | None:
-    full = path / file.name
-    if not full.is_file():
-        return f"{path.name}/{file.name} is missing"
-    if full.stat().st_size != file.num_bytes:
-        return f"{path.name}/{file.name} has {full.stat().st_size} bytes, its record says {file.num_bytes}"
-    digest = sha256_of_file(full)
+def _problem_of_file(storage: Storage, directory: str, file: FileRecord) -> str | None:
+    name = f"{directory}/{file.name}"
+    told = name.removeprefix(f"{CHECKPOINTS}/")
+    try:
+        info = storage.find(name)
+        if info is None:
+            return f"{told} is missing"
+        if info.num_bytes != file.num_bytes:
+            return f"{told} has {info.num_bytes} bytes, its record says {file.num_bytes}"
+        if isinstance(storage, LocalStorage):
+            digest = sha256_of_file(storage.root / name)
+        else:
+            digest = sha256_of(storage.map(name))
+    except (ArtifactError, OSError) as error:
+        return f"{told} cannot be read ({error})"
     if digest != file.sha256:
-        return f"{path.name}/{file.name}: sha256 differs from its record (want {file.sha256[:8]}.., got {digest[:8]}..)"
+        return f"{told}: sha256 differs from its record (want {file.sha256[:8]}.., got {digest[:8]}..)"
     return None
 
 
-def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run whose every file verifies; none where there never was one.
+def newest_whole_checkpoint(storage: Storage) -> CheckpointRecord | None:
+    """Return the record of a run's newest checkpoint whose every file verifies; none where there never was one.
 
     Raises:
         ArtifactError: there are checkpoints and all are damaged; starting anew must be somebody's decision.
     """
-    paths = list_checkpoints(run_dir)
-    for path in reversed(paths):
-        problems = verify_checkpoint(path)
+    steps = list_checkpoints(storage)
+    problems: list[str] = []
+    for step in reversed(steps):
+        problems = verify_checkpoint(storage, step)
         if not problems:
-            return path
-        logger.warning("checkpoint %s is damaged and skipped: %s", path, "; ".join(problems))
-    if paths:
-        raise ArtifactError(
-            f"resume {run_dir}: a checkpoint must be whole, got {len(paths)} damaged ones (see the warnings above); "
-            f"put back their files, or move {checkpoints_dir(run_dir)} away to start from step 0"
-        )
+            return read_record(storage, step)
+        warn_of_damage(storage, step, problems)
+    if steps:
+        raise all_damaged(storage, steps, problems)
     return None
 
 
-def hash_files(directory: Path, names: Iterable[str]) -> list[FileRecord]:
-    """Return the records of files below `directory`, each fsynced first so that the hash is of what the disk keeps."""
-    records = []
-    for name in sorted(names):
-        with (directory / name).open("rb") as file:
-            os.fsync(file.fileno())
-        full = directory / name
-        records.append(FileRecord(name=name, num_bytes=full.stat().st_size, sha256=sha256_of_file(full)))
-    return records
+def warn_of_damage(storage: Storage, step: int, problems: Sequence[str]) -> None:
+    """Log that a checkpoint is passed over, and why."""
+    url = storage.url_of(checkpoint_name(step))
+    logger.warning("checkpoint %s is damaged and skipped: %s", url, "; ".join(problems))
 
 
-def commit_checkpoint(path: Path, record: CheckpointRecord) -> None:
-    """Make `partial_path(path)` visible as `path`: write its record, fsync, rename, fsync the parent.
+def all_damaged(storage: Storage, steps: Sequence[int], problems: Sequence[str]) -> ArtifactError:
+    """Return the error for a run whose checkpoints are all damaged; `problems` are those of the oldest."""
+    return ArtifactError(
+        f"resume {storage}: a checkpoint must be whole, got {len(steps)} damaged ones (of the oldest: {problems[0]}); "
+        f"put back their files, or move {storage.url_of(CHECKPOINTS)} away to start from step 0"
+    )
 
-    A damaged or older directory in its place is removed first.
+
+def commit_checkpoint(storage: Storage, record: CheckpointRecord) -> None:
+    """Make a checkpoint whose files are in `prepared_name` visible: its record last, then, on a file system, the name.
+
+    What else lies there (the ranks' reports) is removed. An older, damaged checkpoint of the same step is replaced.
 
     Raises:
-        ArtifactError: the files on disk are not those of the record.
+        ArtifactError: a file of the record is not there.
     """
-    partial = partial_path(path)
-    found = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()}
-    expected = {file.name for file in record.files}
-    if found != expected:
-        raise ArtifactError(
-            f"save checkpoint {path}: its files must be hashed by the ranks that wrote them, got a difference in "
-            f"{', '.join(sorted(found ^ expected))}; check that all ranks see one file system"
-        )
+    prepared, name = prepared_name(storage, record.step), checkpoint_name(record.step)
+    found = {path.removeprefix(f"{prepared}/"): info.num_bytes for path, info in storage.list(f"{prepared}/").items()}
+    for file in record.files:
+        if found.pop(file.name, None) != file.num_bytes:
+            raise ArtifactError(
+                f"save checkpoint {storage.url_of(name)}: {file.name} must be there with {file.num_bytes} bytes, got "
+                "none or another; check that all ranks see one file system"
+            )
+    for stray in found:
+        storage.remove(f"{prepared}/{stray}")
     signed = record.model_copy(update={"record_sha256": record.digest()})
-    write_json(partial / RECORD, signed.model_dump(mode="json"))
-    for directory in [partial, *(entry for entry in partial.rglob("*") if entry.is_dir())]:
-        _fsync_dir(directory)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    _fsync_dir(path.parent)
+    storage.write_json(f"{prepared}/{RECORD}", signed.model_dump(mode="json"))
+    if isinstance(storage, LocalStorage):
+        path = storage.root / name
+        if path.exists():
+            _remove_directory(path)
+        (storage.root / prepared).rename(path)
+        _fsync_dir(path.parent)
 
 
-def remove_partial(run_dir: Path) -> None:
-    """Remove what a killed save left behind."""
-    directory = checkpoints_dir(run_dir)
-    for path in directory.glob(f"step_*{_PARTIAL}") if directory.is_dir() else ():
-        shutil.rmtree(path)
+def remove_partial(storage: Storage) -> None:
+    """Remove what a killed save left behind; no other process may be saving."""
+    if isinstance(storage, LocalStorage):
+        directory = storage.root / CHECKPOINTS
+        for path in directory.glob(f"*{_PARTIAL}") if directory.is_dir() else ():
+            shutil.rmtree(path)
+        return
+    storage.remove_staged()
+    whole = {checkpoint_name(step) for step in list_checkpoints(storage)}
+    for name in storage.list(f"{CHECKPOINTS}/step_"):
+        if name.rpartition("/")[0] not in whole:
+            storage.remove(name)
 
 
-def remove_old_checkpoints(run_dir: Path, *, keep_latest: int, newest_step: int) -> None:
+def remove_old_checkpoints(
+    storage: Storage, *, keep_latest: int, keep_every_n_steps: int | None, newest_step: int
+) -> None:
     """Remove all but the newest `keep_latest` checkpoints up to `newest_step`, which is the one just committed.
 
-    So the newest whole one always stays, even where a damaged one has a higher step.
+    So the newest whole one always stays, even where a damaged one has a higher step. Those whose step is a multiple of
+    `keep_every_n_steps` stay too.
     """
-    committed = [path for path in list_checkpoints(run_dir) if step_of_checkpoint(path) <= newest_step]
-    for path in committed[:-keep_latest]:
-        # A kill in the middle must not leave a directory that looks like a checkpoint.
-        doomed = partial_path(path)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    committed = [step for step in list_checkpoints(storage) if step <= newest_step]
+    for step in committed[:-keep_latest]:
+        if keep_every_n_steps is None or step % keep_every_n_steps:
+            _remove_checkpoint(storage, step)
+
+
+def _remove_checkpoint(storage: Storage, step: int) -> None:
+    name = checkpoint_name(step)
+    if isinstance(storage, LocalStorage):
+        _remove_directory(storage.root / name)
+        return
+    storage.remove(f"{name}/{RECORD}")  # first: without it the rest is a leftover
+    for path in storage.list(f"{name}/"):
+        storage.remove(path)
+
+
+def _remove_directory(path: Path) -> None:
+    """Remove a checkpoint's directory; a kill in the middle must not leave one that looks like a checkpoint."""
+    doomed = path.with_name(f"{path.name}.removed{_PARTIAL}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _fsync_dir(path: Path) -> None:

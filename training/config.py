@@ -177,6 +177,17 @@ class CheckpointConfig(Config):
     background: bool = True
     """Whether training goes on while a checkpoint is written, for a copy of its bytes in memory."""
 
+    @model_validator(mode="after")
+    def _check_kept(self) -> CheckpointConfig:
+        kept, every = self.keep_every_n_steps, self.every_n_steps
+        if kept is not None and kept % every:
+            low = kept // every * every
+            near = " or ".join(str(value) for value in (low, low + every) if value)
+            raise ValueError(
+                f"keep_every_n_steps must be a multiple of every_n_steps = {every}, got {kept}; use {near}"
+            )
+        return self
+
 
 class ValidationConfig(Config):
     """Held-out measurement during training."""
@@ -256,7 +267,9 @@ class SampleConfig(Config):
     run_dir: str
     """Directory of the results: grid.png, images/, codes.npy, samples.npz, strip.png, samples.json."""
     weights: str
-    """A training run directory (its newest whole checkpoint) or a `.safetensors` of ours."""
+    """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
+    use_ema: bool = False
+    """Whether to sample from the run's moving average of the weights."""
     tokenizer: TokenizerConfig
     sampler: SamplerConfig = SamplerConfig()
     labels: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]

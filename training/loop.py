@@ -21,7 +21,7 @@ import torch
 
 from pipeline.loader import Batch, Loader, ShardSet
 from pipeline.storage import ArtifactError
-from training.checkpoint import CheckpointRecord, checkpoint_path
+from training.checkpoint import CheckpointRecord, RunState, checkpoint_name
 from training.config import TrainConfig
 from training.engine import Engine, build_engine, grad_norm, learning_rate_of_step, set_learning_rate
 from training.inputs import dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
@@ -29,7 +29,8 @@ from training.loss import window_loss
 from training.metrics import rank_log
 from training.progress import Progress, StepMeasures
 from training.ranks import Ranks, join_ranks, leave_ranks
-from training.resume import find_checkpoint, resume_engine, save_checkpoint
+from training.resume import find_checkpoint, resume_engine
+from training.saver import CheckpointWriter
 from training.tensorar import build_model
 from training.validation import Validation
 from training.weights import warm_start
@@ -45,8 +46,8 @@ class TrainResult:
     """Steps that the run has taken in all."""
     is_finished: bool
     """Whether it has taken `num_steps`; False after SIGTERM."""
-    checkpoint: Path
-    """The newest checkpoint."""
+    checkpoint: str
+    """Path or URL of the newest checkpoint."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
         record = find_checkpoint(config, ranks=ranks, fingerprint=shard_set.manifest.fingerprint)
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
-            path = checkpoint_path(Path(config.run_dir), record.step)
+            path = f"{config.run_dir}/{checkpoint_name(record.step)}"
             result = TrainResult(step=record.step, is_finished=True, checkpoint=path)
         else:
             engine = _prepare_engine(config, ranks=ranks, record=record)
@@ -149,6 +150,7 @@ class _Run:
             num_classes=config.model.num_classes,
         )
         self._validation = None if held_out is None else Validation(held_out, config=config, ranks=ranks)
+        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=self._fingerprint)
         self._step = 0 if record is None else record.step
         self._samples_consumed = 0 if record is None else record.samples_consumed
         self._progress = Progress(config, step=self._step) if ranks.is_first else None
@@ -168,6 +170,7 @@ class _Run:
                     progress.after_validation(self._step, result)
             if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:
                 path = self._save()
+        self._writer.close()
         if progress is not None:
             progress.close()
         return TrainResult(step=self._step, is_finished=is_last, checkpoint=path)
@@ -226,12 +229,6 @@ class _Run:
         parts = [result.loss.detach()[None], result.loss_of_offset_K, result.accuracy_of_offset_K]
         return torch.cat(parts).double()
 
-    def _save(self) -> Path:
-        return save_checkpoint(
-            self._engine,
-            config=self._config,
-            ranks=self._ranks,
-            step=self._step,
-            samples_consumed=self._samples_consumed,
-            fingerprint=self._fingerprint,
-        )
+    def _save(self) -> str:
+        self._writer.save(self._engine, RunState(step=self._step, samples_consumed=self._samples_consumed))
+        return f"{self._config.run_dir}/{checkpoint_name(self._step)}"

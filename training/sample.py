@@ -21,13 +21,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipeline.local_storage import exclusive, local_path, remove_staged, sha256_of_file, stage, write_json
+from pipeline.local_storage import exclusive, local_path, remove_staged, stage, write_json
 from pipeline.storage import ArtifactError
 from tokenization.fingerprint import Fingerprint
 from tokenization.tokenizer import Tokenizer
 from training.config import SampleConfig
 from training.sampling import SampledCodes, sample_codes
-from training.weights import ModelFile, find_weights, load_model
+from training.weights import ModelFile, digest_of, find_weights, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def is_finished(config: SampleConfig) -> bool:
     result = json.loads(path.read_text())
     before, now = result["spec"], config.model_dump(mode="json")
     differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
-    if not differing and sha256_of_file(find_weights(config.weights)) != result["weights"]["sha256"]:
+    if not differing and digest_of(find_weights(config.weights)) != result["weights"]["sha256"]:
         differing = [f"content of weights (then of step {result['weights']['step']})"]
     if differing:
         raise ArtifactError(
@@ -87,7 +87,9 @@ def is_finished(config: SampleConfig) -> bool:
 
 def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int, int], None] | None) -> None:
     device = pick_device(config.device)
-    model, model_file = load_model(config.weights, device=device, dtype=getattr(torch, config.dtype))
+    model, model_file = load_model(
+        config.weights, device=device, dtype=getattr(torch, config.dtype), use_ema=config.use_ema
+    )
     tokenizer = Tokenizer.load(config.tokenizer, device=str(device))
     check_tokenizer(model_file, tokenizer)
     _check_labels(config, model_file)
@@ -225,7 +227,7 @@ def _describe(
         "version": RESULT_VERSION,
         "spec": config.model_dump(mode="json"),
         "weights": {
-            "path": str(model_file.path),
+            "path": model_file.path,
             "sha256": model_file.sha256,
             "step": model_file.step,
             "window_size": model_file.config.window_size,

@@ -1,19 +1,15 @@
-"""Weights in and out: LlamaGen checkpoints and our own safetensors in, our own safetensors out.
+"""Weights in and out: a training run, our own safetensors or LlamaGen's checkpoints in, our own safetensors out.
 
-Nothing is unpickled but tensors and plain values, and no key is ever skipped: a missing, unexpected or misshapen one is
-an error that names it. Our file is a safetensors of float32 tensors with one metadata entry, `tensorar`: the JSON of
-`ModelHeader` (version, model config, tokenizer fingerprint, step).
+No key is ever skipped: a missing, unexpected or misshapen one is an error that names it. Our file is a safetensors of
+float32 tensors with one metadata entry, `tensorar`: the JSON of `ModelHeader` (version, model config, tokenizer
+fingerprint, step).
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -21,25 +17,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.local_storage import local_path, sha256_of_file, stage
-from pipeline.storage import ArtifactError
+from pipeline.config import S3Config
+from pipeline.local_storage import local_path, sha256_of_file
+from pipeline.storage import S3_SCHEME, ArtifactError, open_storage, split_url
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
-from tokenization.weights_file import unreadable_reason
-from training.checkpoint import MODEL_FILE, newest_whole_checkpoint
 from training.config import ModelConfig
+from training.llamagen import BASE, load_base_weights, some
+from training.run_weights import RunCheckpoint, find_run_checkpoint
 from training.tensorar import TensorAR
 
 HEADER_KEY = "tensorar"
 HEADER_VERSION = 1
-LAYOUTS = ("model", "module", "state_dict")
-"""Where LlamaGen's checkpoints keep the weights, in the order its samplers look; a file with none of them is raw."""
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every key."""
-TOLERATED_KEYS = frozenset({"freqs_cis"})
-"""In some old checkpoints; a table that we compute."""
-BASE = "base."
-NUM_KEYS_SHOWN = 4
+CONSOLIDATED = "consolidated.pth"
+"""The weights in the folder that LlamaGen's FSDP training writes."""
 
 
 class ModelHeader(Config):
@@ -53,33 +44,37 @@ class ModelHeader(Config):
     """Training steps behind the weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """A weights file of ours that was read."""
+    """Weights of ours that were read: a file's or a checkpoint's."""
 
-    path: Path
+    path: str
+    """Path or URL."""
     sha256: str
+    """Of the file, or of the checkpoint's record, which holds the hash of all its files."""
     config: ModelConfig
     fingerprint: Fingerprint | None
     step: int
 
 
 def save_model(
-    path: Path,
+    path: str | Path,
     model_state: Mapping[str, Tensor],
     *,
     config: ModelConfig,
     fingerprint: Fingerprint | None,
     step: int,
+    s3: S3Config = S3Config(),  # noqa: B008  (frozen)
 ) -> None:
     """Commits a weights file; the same state gives the same bytes.
 
     Args:
-        path: the `.safetensors` to write; an older one is replaced.
+        path: path or `s3://` URL of the `.safetensors` to write; an older one is replaced.
         model_state: state dict of a `TensorAR`, any float dtype and device; stored as float32.
         config: the model's.
         fingerprint: of the tokenizer whose codes it was trained on.
         step: training steps behind it.
+        s3: how S3 is reached.
 
     Raises:
         ArtifactError: the state dict is not that of a model of `config`.
@@ -87,34 +82,47 @@ def save_model(
     _check_keys(f"save weights {path}", expected=_expected_shapes(config), found=model_state)
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in model_state.items()}
     header = ModelHeader(config=config, fingerprint=fingerprint, step=step)
-    with stage(path) as staged_path:
+    directory, name = split_url(str(path))
+    with open_storage(directory, s3=s3).stage(name) as staged_path:
         save_file(tensors, staged_path, metadata={HEADER_KEY: header.model_dump_json()})
 
 
 def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    use_ema: bool = False,
+    s3: S3Config = S3Config(),  # noqa: B008  (frozen)
 ) -> tuple[TensorAR, ModelFile]:
-    """A model in evaluation mode and what its file says.
+    """A model in evaluation mode and what was read for it.
 
     Args:
-        path: our `.safetensors`, a checkpoint directory, or a training run directory (its newest whole checkpoint).
+        path: a training run (its newest whole checkpoint; may be an `s3://` URL), one of its checkpoints, or our
+            `.safetensors`.
         device: where the model goes.
         dtype: what it computes in.
+        use_ema: whether to take a run's moving average of the weights.
+        s3: how S3 is reached.
 
     Raises:
-        ArtifactError: there is no such file, it is damaged, or it is not ours.
+        ArtifactError: there is no such thing, it is damaged, or it is not ours.
     """
-    file = find_weights(path)
-    header = read_header(file)
-    state = _read_tensors(file)
-    _check_keys(f"load weights {file}", expected=_expected_shapes(header.config), found=state)
+    place = find_weights(path, s3=s3)
+    if isinstance(place, RunCheckpoint):
+        header, state = _header_of(place), place.read_weights(use_ema=use_ema)
+    else:
+        _refuse_ema(place, use_ema=use_ema)
+        header = read_header(place)
+        # Copies in aligned memory: a mapped file's tensors start anywhere, and products round by their alignment.
+        state = {name: value.clone() for name, value in _read_tensors(place).items()}
+    _check_keys(f"load weights {_url_of(place)}", expected=_expected_shapes(header.config), found=state)
     with torch.device("meta"):
         model = TensorAR(header.config)
-    # Copies in aligned memory: a mapped file's tensors start anywhere, and matrix products round by their alignment.
-    model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
     model_file = ModelFile(
-        path=file,
-        sha256=sha256_of_file(file),
+        path=_url_of(place),
+        sha256=digest_of(place),
         config=header.config,
         fingerprint=header.fingerprint,
         step=header.step,
@@ -122,28 +130,38 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval(), model_file
 
 
-def find_weights(path: str | Path) -> Path:
-    """The weights file that `path` stands for.
+def find_weights(path: str | Path, *, s3: S3Config = S3Config()) -> Path | RunCheckpoint:  # noqa: B008  (frozen)
+    """The weights file, or the checkpoint of a run, that `path` stands for.
 
     Args:
-        path: a weights file, a checkpoint directory, a training run directory, or LlamaGen's FSDP folder.
+        path: a weights file, a training run directory or one of its checkpoints (both may be `s3://` URLs), or
+            LlamaGen's FSDP folder.
+        s3: how S3 is reached.
 
     Raises:
         ArtifactError: there is none.
     """
-    place = local_path(path)
-    if place.is_file():
-        return place
-    for name in (MODEL_FILE, "consolidated.pth"):
-        if (place / name).is_file():
-            return place / name
-    checkpoint = newest_whole_checkpoint(place) if place.is_dir() else None
+    if str(path).startswith(S3_SCHEME):
+        checkpoint, is_there = find_run_checkpoint(str(path), s3=s3), True
+    else:
+        place = local_path(path)
+        if place.is_file():
+            return place
+        if (place / CONSOLIDATED).is_file():
+            return place / CONSOLIDATED
+        is_there = place.is_dir()
+        checkpoint = find_run_checkpoint(str(place), s3=s3) if is_there else None
     if checkpoint is None:
         raise ArtifactError(
-            f"find weights {place}: it must be a weights file or a run directory with a whole checkpoint, got "
-            f"{'a directory without one' if place.is_dir() else 'nothing there'}; check the path or run the train job"
+            f"find weights {path}: it must be a weights file or a run directory with a whole checkpoint, got "
+            f"{'a directory without one' if is_there else 'nothing there'}; check the path or run the train job"
         )
-    return checkpoint / MODEL_FILE
+    return checkpoint
+
+
+def digest_of(place: Path | RunCheckpoint) -> str:
+    """The sha256 that tells weights from others: of the file, or of a checkpoint's record."""
+    return place.record.record_sha256 if isinstance(place, RunCheckpoint) else sha256_of_file(place)
 
 
 def read_header(path: Path) -> ModelHeader:
@@ -178,71 +196,54 @@ def read_header(path: Path) -> ModelHeader:
     return header
 
 
-def warm_start(model: TensorAR, path: str | Path) -> None:
+def warm_start(
+    model: TensorAR,
+    path: str | Path,
+    *,
+    s3: S3Config = S3Config(),  # noqa: B008  (frozen)
+) -> None:
     """Copies weights into a fresh model, before training begins.
 
-    A file of the base model alone (LlamaGen's, or ours of window_size 1) leaves exactly the TensorAR modules untouched.
+    The base model alone (LlamaGen's, or ours of window_size 1) leaves exactly the TensorAR modules untouched.
 
     Args:
         model: of any window_size; overwritten in place.
         path: a training run directory, our `.safetensors`, or a LlamaGen checkpoint.
+        s3: how S3 is reached.
 
     Raises:
         ArtifactError: nothing is there, or the weights do not fit the model.
     """
-    file = find_weights(path)
-    doing = f"warm start from {file}"
-    if file.suffix != ".safetensors":
-        state = {BASE + key: value for key, value in load_base_weights(file).items()}
+    place = find_weights(path, s3=s3)
+    if isinstance(place, RunCheckpoint):
+        state = place.read_weights()
+    elif place.suffix != ".safetensors":
+        state = {BASE + key: value for key, value in load_base_weights(place).items()}
     else:
-        read_header(file)
-        state = _read_tensors(file)
+        read_header(place)
+        state = _read_tensors(place)
     fresh = {}
     if all(key.startswith(BASE) for key in state):
         fresh = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE)}
-    _check_keys(doing, expected=_expected_shapes(model.config), found=fresh | state)
+    _check_keys(f"warm start from {_url_of(place)}", expected=_expected_shapes(model.config), found=fresh | state)
     model.load_state_dict(fresh | state)
 
 
-def load_base_weights(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """LlamaGen's weights as a plain state dict with LlamaGen's keys.
+def _header_of(checkpoint: RunCheckpoint) -> ModelHeader:
+    record = checkpoint.record
+    return ModelHeader(config=checkpoint.model_config, fingerprint=record.fingerprint, step=record.step)
 
-    Args:
-        source: a checkpoint file (`.pt`, `.pth`) or the dict that was in it; the weights may lie under `model`,
-            `module` or `state_dict`, or be the file itself.
 
-    Raises:
-        ArtifactError: the file cannot be read safely, or holds no weights.
-    """
-    loaded = source if isinstance(source, Mapping) else _read_pickle(Path(source))
-    name = "a dict" if isinstance(source, Mapping) else str(source)
-    state: Any = next((loaded[layout] for layout in LAYOUTS if isinstance(loaded.get(layout), Mapping)), loaded)
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key not in TOLERATED_KEYS}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+def _url_of(place: Path | RunCheckpoint) -> str:
+    return place.url if isinstance(place, RunCheckpoint) else str(place)
+
+
+def _refuse_ema(path: Path, *, use_ema: bool) -> None:
+    if use_ema:
         raise ArtifactError(
-            f"load weights {name}: it must hold tensors, itself or under {', '.join(LAYOUTS)}, got keys "
-            f"{_some(sorted(map(str, loaded)))}; use a LlamaGen checkpoint"
+            f"load weights {path}: use_ema must be off for a file, which holds one set of weights, got on; name the "
+            "run, or the file that tensorar export --ema wrote without use_ema"
         )
-    return dict(state)
-
-
-def _read_pickle(path: Path) -> Mapping[str, Any]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen stores its command line
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ArtifactError(
-            f"load weights {path}: it must be a torch checkpoint of tensors and plain values, got "
-            f"{type(error).__name__}: {unreadable_reason(error)}; use the original file"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ArtifactError(
-            f"load weights {path}: it must hold a dict, got {type(loaded).__name__}; use a LlamaGen checkpoint"
-        )
-    return loaded
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -270,13 +271,8 @@ def _check_keys(doing: str, *, expected: Mapping[str, Tensor], found: Mapping[st
         "of another shape": misshapen,
     }
     if any(problems.values()):
-        listed = ", ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in problems.items() if keys)
+        listed = ", ".join(f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys)
         raise ArtifactError(
             f"{doing}: keys and shapes must be the model's, got {listed}; use weights of this size, "
             "num_classes, codebook_size and window_size, or set the model section to theirs"
         )
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(keys[:NUM_KEYS_SHOWN])
-    return shown if len(keys) <= NUM_KEYS_SHOWN else f"{shown}, ..."

@@ -1,0 +1,73 @@
+"""One rank of engines that train, save and resume: `torchrun ... tests/checkpoint_ranks.py CASES.json RESULTS.json`.
+
+A case is `{"spec": train spec, "until": step, "saves": steps, "into": run_dir}`: an engine resumes what the spec's
+run_dir holds, takes steps on fixed batches up to `until`, and saves at the steps named, into another directory where
+`into` says so. Rank 0 writes the losses of each case by step. Many cases in one process spare the start of torch.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from synthetic_shards import fingerprint_of
+
+from training.checkpoint import RunState
+from training.config import TrainConfig
+from training.engine import build_engine
+from training.fragments import Engine
+from training.loss import window_loss
+from training.ranks import Ranks, join_ranks, leave_ranks
+from training.resume import find_checkpoint, resume_engine
+from training.saver import CheckpointWriter
+from training.tensorar import build_model
+
+
+def take_step(engine: Engine, step: int, *, config: TrainConfig, ranks: Ranks) -> float:
+    size, model = config.engine.global_batch_size, config.model
+    generator = torch.Generator().manual_seed(step)
+    codes_BT = torch.randint(0, model.codebook_size, (size, model.num_positions), generator=generator)
+    labels_B = torch.randint(0, model.num_classes, (size,), generator=generator)
+    own = slice(ranks.rank * size // ranks.world_size, (ranks.rank + 1) * size // ranks.world_size)
+    torch.manual_seed(1000 * step + ranks.rank)  # of dropout
+    result = window_loss(engine(codes_BT[own, :, None], labels_B[own]), codes_BT[own])
+    engine.backward(result.loss)
+    engine.step()
+    return float(ranks.sum(result.loss.detach().clone().double())) / ranks.world_size
+
+
+def run(case: dict[str, Any], ranks: Ranks) -> dict[int, float]:
+    config, fingerprint = TrainConfig.model_validate(case["spec"]), fingerprint_of()
+    torch.manual_seed(config.seed)
+    record = find_checkpoint(config, ranks=ranks, fingerprint=fingerprint)
+    engine = build_engine(build_model(config.model), config=config, ranks=ranks)
+    first = 1
+    if record is not None:
+        resume_engine(engine, config=config, record=record)
+        first = record.step + 1
+    target = config.model_copy(update={"run_dir": case.get("into", config.run_dir)})
+    writer = CheckpointWriter(target, ranks=ranks, fingerprint=fingerprint)
+    losses = {}
+    if record is not None and record.step in case["saves"]:
+        writer.save(engine, record.state)
+    for step in range(first, case["until"] + 1):
+        losses[step] = take_step(engine, step, config=config, ranks=ranks)
+        if step in case["saves"]:
+            writer.save(engine, RunState(step=step, samples_consumed=16 * step))
+    writer.close()
+    return losses
+
+
+def main() -> None:
+    ranks = join_ranks()
+    results = [run(case, ranks) for case in json.loads(Path(sys.argv[1]).read_text())]
+    if ranks.is_first:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    leave_ranks(ranks)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+main()
