@@ -34,7 +34,7 @@ def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def job(shards: Path, run_dir: Path, **changes: Any) -> TrainConfig:
-    fields = {"num_steps": NUM_STEPS, "checkpoint__every_n_steps": 4, "model__dropout": 0.0} | changes
+    fields = {"num_steps": NUM_STEPS, "checkpoint__every_n_steps": 4, "model__dropout": 0.0, "engine__dtype": "float32"} | changes
     return train_config(run_dir, shards=shards, **fields)
 
 
@@ -115,3 +115,19 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     cluster.add_node(num_cpus=1)
     finish(start(config, tmp_path), tmp_path)
     assert [line["step"] for line in measured(config)] == list(range(1, 201))
+
+
+def test_a_run_that_loses_a_node_goes_on_with_the_ranks_that_are_left(
+    shards: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path, cluster: Cluster
+) -> None:
+    section = {"address": cluster.address, "num_workers": 2, "min_workers": 1, "node_wait_s": 2}
+    config = job(shards, tmp_path / "run", cluster=section)
+    launcher = start(config, tmp_path)
+    wait_until(has_taken(config, 6), launcher=launcher)
+    cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+    log = finish(launcher, tmp_path)
+    assert "with 1 of 2 ranks" in log
+    assert [(line["num_ranks"], line["failures_in_a_row"]) for line in restarts(tmp_path / "run")] == [(1, 1)]
+    assert [line["step"] for line in measured(config)] == list(range(1, NUM_STEPS + 1))
+    for line, expected in zip(measured(config), uninterrupted, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], abs=1e-5)
