@@ -1,7 +1,7 @@
 """The commands, and nothing else: each one calls a function of the package that does the work.
 
 Light: torch, ray and deepspeed are imported inside the commands that need them, so `tensorar validate` answers at once.
-Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong.
+Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong, 75 training was told to stop and saved first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jobs.run import run_spec
+from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
 from pipeline.storage import open_storage
@@ -56,6 +56,9 @@ class _Commands(click.Group):
         except SpecError as error:
             click.echo(str(error), err=True)
             ctx.exit(EXIT_BAD_SPEC)
+        except RunStoppedError as stopped:
+            click.echo(str(stopped), err=True)
+            ctx.exit(EXIT_STOPPED)
         except Exception as error:
             if debug or not _is_for_users(error):
                 raise

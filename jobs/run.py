@@ -20,6 +20,8 @@ from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
 
 SPEC_NAME = "spec.json"
+EXIT_STOPPED = 75
+"""Exit code of a training run that was told to stop and saved first (EX_TEMPFAIL: run it again to go on)."""
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),
@@ -71,6 +73,10 @@ BEGUN_WITH = {
 """What a job of each kind leaves as soon as there is something to resume; until then its spec binds nobody."""
 
 
+class RunStoppedError(RuntimeError):
+    """A run was told to stop and has taken a checkpoint; running the same spec again goes on."""
+
+
 def run_spec(spec: Spec, *, progress: bool = True) -> Any:
     """Result of running a spec to its end; work that its run_dir already holds is not done again.
 
@@ -83,6 +89,7 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
         Path of the results.
 
     Raises:
+        RunStoppedError: training was told to stop, and saved first.
         ArtifactError: the run_dir holds a run of another spec, or something that the job reads is missing or damaged.
     """
     if not _is_later_rank(spec):
@@ -115,7 +122,8 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    storage = open_storage(spec.run_dir, s3=spec.s3) if isinstance(spec, TokenizeConfig) else _local(spec.run_dir)
+    has_s3 = isinstance(spec, TokenizeConfig | TrainConfig)
+    storage = open_storage(spec.run_dir, s3=spec.s3) if has_s3 else _local(spec.run_dir)
     new = spec.model_dump(mode="json")
     if storage.find(SPEC_NAME) is not None:
         old = _read(storage)
@@ -156,7 +164,8 @@ def _is_later_rank(spec: Spec) -> bool:
 
 
 def _has_begun(storage: Storage, *, kind: str) -> bool:
-    return kind not in BEGUN_WITH or storage.find(BEGUN_WITH[kind]) is not None
+    name = BEGUN_WITH.get(kind)
+    return name is None or storage.find(name) is not None or bool(storage.list(f"{name}/"))
 
 
 def _told(differing: list[tuple[str, Any, Any]]) -> str:

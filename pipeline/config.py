@@ -128,8 +128,11 @@ class ClusterConfig(Config):
     """GPUs that Ray sets aside for a worker."""
     min_workers: PositiveInt | None = None
     """Training goes on with as few ranks when nodes are lost and do not come back; none keeps `num_workers`."""
+    node_wait_s: NonNegativeFloat = 120.0
+    """Seconds that a training run waits for room for all its ranks before it starts with fewer."""
     max_failures: NonNegativeInt = 3
-    """Times that a training run is started again from its newest whole checkpoint after ranks or nodes died."""
+    """Restarts in a row of a training run whose ranks or nodes died, from its newest whole checkpoint; a new checkpoint
+    begins the count anew, and a preemption is not counted."""
 
 
 class TokenizeConfig(Config):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from synthetic_shards import train_config, write_shard_set
 
-from jobs.launch import LaunchError, check_gpus, launch_training, worker_variables
+from jobs.launch import LaunchError, check_gpus, launch_training
+from jobs.ray_ranks import worker_variables
 from pipeline.config import ClusterConfig
+from pipeline.storage import open_storage
 from training.checkpoint import verify_checkpoint
 from training.metrics import read_metrics
 
@@ -23,12 +25,12 @@ def test_two_ranks_train_resume_and_then_have_nothing_to_do(work_dir: Path) -> N
     config = train_config(Path("runs/base"), shards=Path("set"), num_steps=4)
     result = launch_training(config)
     assert (result.step, result.is_finished) == (4, True)
-    assert verify_checkpoint(result.checkpoint) == []
+    assert verify_checkpoint(open_storage("runs/base"), 4) == []
     longer = config.model_copy(update={"num_steps": 6, "optimizer": config.optimizer})
     assert launch_training(longer).step == 6
     assert [line["step"] for line in read_metrics(work_dir / "runs" / "base")] == [1, 2, 3, 4, 5, 6]
     lines = read_metrics(work_dir / "runs" / "base")
-    assert launch_training(longer).checkpoint.name == "step_00000006"
+    assert launch_training(longer).checkpoint.endswith("runs/base/checkpoints/step_00000006")
     assert read_metrics(work_dir / "runs" / "base") == lines
     assert not (work_dir / "runs" / "base" / "ray").exists()
 

@@ -1,0 +1,154 @@
+"""Stopping a training run in good order: the launcher's signals and a cluster's preemption notices, told to the ranks.
+
+Invariant: being asked never interrupts a step. The first signal only sets an event; ranks look at theirs at the end of
+each step, agree, take a checkpoint and return. The ranks wait for the launcher in one open call to an actor, so being
+ready to stop costs nothing per step. The only file that touches Ray's (alpha) preemption interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+PREEMPTION_POLL_S = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_RANKS_AT_MOST = 100_000
+
+ActorHandle = Any
+"""Ray carries no types."""
+
+
+class StopRequest:
+    """Whether this process was asked to stop, by SIGTERM or Ctrl-C; the second time it stops at once."""
+
+    def __init__(self) -> None:
+        self.is_made = threading.Event()
+
+    def listen(self) -> None:
+        """Catch the signals from here on; again after whatever else catches them (ray.init does)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.is_made.set()
+        # The next one ends the process the usual way: KeyboardInterrupt, or death by SIGTERM.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        logger.warning("%s: the ranks take a checkpoint at the end of their step; once more stops at once", name)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listen to SIGTERM and Ctrl-C while the body runs; the handlers of before are put back."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
+    request = StopRequest()
+    request.listen()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Flag:
+    """An actor that ranks wait at until the launcher raises it."""
+
+    def __init__(self) -> None:
+        self._is_raised = asyncio.Event()
+
+    async def raise_flag(self) -> None:
+        self._is_raised.set()
+
+    async def wait(self) -> None:
+        await self._is_raised.wait()
+
+
+def start_flag() -> ActorHandle:
+    """Return a new flag's actor, on this process's node: it lives and dies with the launcher's machine."""
+    label = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, max_concurrency=_RANKS_AT_MOST, label_selector=label)(_Flag).remote()
+
+
+@contextmanager
+def raised_on_request(flag: ActorHandle, request: StopRequest) -> Iterator[None]:
+    """Raise the flag as soon as the request is made while the body runs; the flag's actor ends with it."""
+    is_over = threading.Event()
+
+    def forward() -> None:
+        while not is_over.wait(0.05):
+            if request.is_made.is_set():
+                flag.raise_flag.remote()
+                return
+
+    thread = threading.Thread(target=forward, name="forward-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        ray.kill(flag)
+
+
+class RankStop:
+    """Whether a rank should stop, and why; made in the rank, where two threads wait for the answer."""
+
+    def __init__(self, flag: ActorHandle, *, watches_preemption: bool) -> None:
+        """Begin to wait.
+
+        Args:
+            flag: what `start_flag` returned to the launcher.
+            watches_preemption: whether to ask for notices too; they exist on clusters only.
+        """
+        self._is_told = threading.Event()
+        self.preempted_nodes: tuple[str, ...] = ()
+        """Nodes that are about to be taken away; empty unless that is why the rank should stop."""
+        threading.Thread(target=self._wait_for, args=(flag,), name="wait-for-stop", daemon=True).start()
+        if watches_preemption:
+            threading.Thread(target=self._watch_preemption, name="watch-preemption", daemon=True).start()
+
+    def is_told(self) -> bool:
+        """Return whether to stop at the end of this step; costs nothing, and other ranks may answer otherwise."""
+        return self._is_told.is_set()
+
+    def _wait_for(self, flag: ActorHandle) -> None:
+        try:
+            ray.get(flag.wait.remote())
+        except ray.exceptions.RayError:
+            return  # the launcher is gone or done, and with it this rank
+        logger.info("stop: asked by the launcher")
+        self._is_told.set()
+
+    def _watch_preemption(self) -> None:
+        import ray.train  # noqa: PLC0415  (heavy, and the launcher must set its variables first)
+
+        find_notice = getattr(ray.train, "get_preemption_info", None)
+        if find_notice is None:
+            logger.warning("preemption: this Ray cannot tell notices; a preempted node is like a lost one")
+            return
+        while True:
+            try:
+                notice = find_notice()  # a barrier; every rank's thread calls it at the same pace until one is found
+            except (ray.exceptions.RayError, RuntimeError) as error:
+                logger.warning("preemption: notices can no longer be asked for: %s", error)
+                return
+            if notice is not None:
+                self.preempted_nodes = tuple(notice.preempted_node_ids)
+                logger.warning("preemption: nodes %s will be taken away", ", ".join(self.preempted_nodes))
+                self._is_told.set()
+                return
+            time.sleep(PREEMPTION_POLL_S)
