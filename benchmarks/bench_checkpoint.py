@@ -46,6 +46,7 @@ def spec_of(run_dir: Path, *, num_layers: int, background: bool) -> TrainConfig:
             "engine": {"zero_stage": 2, "dtype": "bfloat16", "global_batch_size": 1},
             "checkpoint": {"background": background, "keep_latest": 1},
             "num_steps": 99,
+            "cluster": {"launcher": "torchrun"},
         }
     )
 

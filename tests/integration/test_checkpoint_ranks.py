@@ -50,8 +50,8 @@ def spec_of(run_dir: Path, *, zero_stage: int, dtype: str = "float32", **changes
     return TrainConfig.model_validate(spec).model_dump(mode="json")
 
 
-def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[dict[int, float]]:
-    """The losses of each case by step."""
+def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[Any]:
+    """The losses of each case by step, or the error of every rank."""
     asked, answered = directory / "cases.json", directory / "results.json"
     asked.write_text(json.dumps(cases))
     done = subprocess.run(
@@ -66,7 +66,10 @@ def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [{int(step): loss for step, loss in losses.items()} for losses in json.loads(answered.read_text())]
+    results = json.loads(answered.read_text())
+    return [
+        {int(step): loss for step, loss in result.items()} if isinstance(result, dict) else result for result in results
+    ]
 
 
 def state_of(run_dir: Path, step: int) -> State:
@@ -99,11 +102,15 @@ def equal(one: State, other: State) -> bool:
 def check_bit_for_bit(modes: list[tuple[int, str]], directory: Path) -> None:
     cases = []
     for stage, dtype in modes:
+        is_background = stage != 1
         whole, halves = (directory / f"{name}-{stage}-{dtype}" for name in ("whole", "halves"))
         cases += [
-            {"spec": spec_of(whole, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 3, "saves": [2, 3]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
+            {"spec": spec_of(path, zero_stage=stage, dtype=dtype, checkpoint__background=is_background), **steps}
+            for path, steps in (
+                (whole, {"until": 6, "saves": [6]}),
+                (halves, {"until": 3, "saves": [2, 3]}),
+                (halves, {"until": 6, "saves": [6]}),
+            )
         ]
     results = iter(run(cases, num_ranks=2, directory=directory))
     for stage, dtype in modes:
@@ -137,7 +144,7 @@ def found(run_dir: Path) -> CheckpointRecord | None:
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-4])
 
 
 def flip_a_bit(path: Path) -> None:
@@ -172,9 +179,21 @@ def test_with_all_damaged_nothing_starts_from_zero(real_run: Path, tmp_path: Pat
         found(tmp_path / "run")
 
 
+def test_a_rank_that_cannot_write_fails_the_run_on_every_rank(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "run" / "checkpoints" / "step_00000002.partial" / "rank_00001.safetensors"
+    (in_the_way / "directory").mkdir(parents=True)
+    spec = spec_of(tmp_path / "none", zero_stage=2)
+    case = {"spec": spec, "until": 3, "saves": [1, 2, 3], "into": str(tmp_path / "run"), "fails": True}
+    ((first, second),) = run([case], num_ranks=2, directory=tmp_path)
+    assert "step_00000002.partial/rank_00001" in first
+    assert "failed: [Errno" in first
+    assert "rank_00001.safetensors" in second
+    assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [1]
+
+
 def test_codes_of_another_tokenizer_do_not_go_on(real_run: Path) -> None:
     config = TrainConfig.model_validate(spec_of(real_run, zero_stage=2))
-    other = fingerprint_of().model_copy(update={"weights_sha256": "00" * 32})
+    other = fingerprint_of().model_copy(update={"weights_sha256": "11" * 32})
     with pytest.raises(ArtifactError, match="codes must come from tokenizer"):
         find_checkpoint(config, ranks=Ranks(rank=0, world_size=1, device=torch.device("cpu")), fingerprint=other)
 
