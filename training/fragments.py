@@ -56,12 +56,9 @@ class Fragments:
         """
         masters = _masters(engine)
         states = [_states(engine, master) for master in masters]
-        held = [
-            (master, state, piece)
-            for master, state in zip(masters, states, strict=True)
-            for piece in _written(engine, master)
+        self._held = [
+            (state, piece) for master, state in zip(masters, states, strict=True) for piece in _written(engine, master)
         ]
-        self._held = [(state, piece) for _, state, piece in held]
         self.layout = FragmentLayout(
             kinds=tuple(states[0]) if states else (WEIGHTS,),
             fragments={piece.name: (piece.start, piece.start + piece.num_elements) for _, piece in self._held},
