@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from training.adamw import AVERAGE, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
 
@@ -93,15 +96,17 @@ def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engi
     settings = deepspeed_settings(
         config.engine, max_grad_norm=config.optimizer.max_grad_norm, world_size=ranks.world_size
     )
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         parameter_groups(model, weight_decay=config.optimizer.weight_decay),
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
+        ema_decay=config.optimizer.ema_decay,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device), optimizer=optimizer, config=settings, dist_init_required=False
     )
+    engine.clip_fp32_gradients = lambda: None  # `take_step` clips them by the norm that it needs anyway
     return engine
 
 
@@ -148,9 +153,109 @@ def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def grad_norm(engine: Engine) -> float | None:
-    """Return the global gradient norm of the last step, before clipping; none at ZeRO 0 in float32, where DeepSpeed
-    clips without telling it.
+def link_optimizer_states(engine: Engine) -> None:
+    """Make DeepSpeed's access to optimiser states by parameter whole, at ZeRO 1 and 2.
+
+    DeepSpeed 0.19.8 links parameters to states once, after the step of the first parameter group, when the states of
+    the other groups (here: what does not decay) do not exist yet; reading those then fails.
     """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def full_average(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """Return the whole float32 moving average of the weights by name, on the CPU; called by every rank.
+
+    Args:
+        engine: of any ZeRO stage, with `optimizer.ema_decay` set, after at least one step.
+        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (see `build_engine`)
+
+    link_optimizer_states(engine)
+    averages: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_optimizer_state(parameter, AVERAGE)
+        if full is None:  # ZeRO 0 in float32: torch's own optimiser
+            full = engine.optimizer.state[parameter].get(AVERAGE, parameter)
+        if is_kept:
+            averages[name] = full.detach().to("cpu", torch.float32, copy=True)
+    return averages
+
+
+def take_step(engine: Engine, *, may_update: bool) -> float | None:
+    """Return the global gradient norm before clipping after the last micro step of a step; None after the others.
+
+    Call it after every `engine.backward`, on every rank. After the last micro step it clips and updates weights,
+    moments and average if the norm is finite and `may_update`; else all of them stay as they are, bit for bit, and the
+    gradients are cleared. The norm is reduced over the ranks, so that all of them decide alike.
+
+    Args:
+        engine: of `build_engine`, any ZeRO stage and dtype.
+        may_update: the same on every rank; looked at after the last micro step only.
+
+    Returns:
+        The norm, the same on every rank; inf or nan where it was not finite.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # counts the micro step
+        return None
+    if isinstance(engine.optimizer, AdamW):
+        return _take_plain_step(engine, may_update=may_update)
+    if may_update:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    return _discard_gradients(engine)
+
+
+def _take_plain_step(engine: Engine, *, may_update: bool) -> float:
+    """The step of ZeRO 0 in float32, where DeepSpeed would clip without telling the norm and update with any."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    is_finite = math.isfinite(float(norm))
+    if not (may_update and is_finite):
+        engine.zero_grad()  # AdamW leaves alone what has no gradient
+    elif engine.gradient_clipping() > 0.0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+    engine.step()
+    return float(norm)
+
+
+def _discard_gradients(engine: Engine) -> float:
+    """Return the norm of gradients that are dropped as DeepSpeed itself drops those whose norm is not finite."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors  # noqa: PLC0415
+
+    optimizer = engine.optimizer
+    infinity = torch.tensor(math.inf, device=engine.device)
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):  # ZeRO 0 in bfloat16
+        norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0])
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients.fill_(math.inf)
+        engine.step()
+    elif hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
+        norm = optimizer.scaled_global_norm()
+        with _replaced(optimizer, "scaled_global_norm", lambda: infinity):
+            engine.step()
+    else:  # ZeRO 3
+        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        with _replaced(optimizer, "_get_norm_groups", lambda: [infinity]):
+            engine.step()
+    return float(norm)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[[], Any]) -> Iterator[None]:
+    """`owner.name` is `method` while the body runs."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def grad_norm(engine: Engine) -> float | None:
+    """Return the global gradient norm of the last `engine.step()`, before clipping; none at ZeRO 0 in float32."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
