@@ -206,7 +206,10 @@ def _replicas(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _is_partitioned(engine: Engine) -> bool:
-    return bool(engine.zero_optimization())
+    return any(
+        hasattr(engine.optimizer, masters)
+        for masters in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    )
 
 
 def _written(engine: Engine, master: _Master) -> tuple[_Piece, ...]:
