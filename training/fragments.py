@@ -98,7 +98,7 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         optimizer_steps: steps that the optimiser counts.
 
     Raises:
-        ArtifactError: the files do not hold all of this engine's parameters.
+        ArtifactError: the files do not hold all elements of the engine.
     """
     masters = _masters(engine)
     by_name: dict[str, list[tuple[_Master, _Piece]]] = {}
@@ -112,8 +112,8 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         missing -= _restore_from(engine, file, by_name)
     if missing:
         raise ArtifactError(
-            f"resume: the checkpoint must hold every parameter of the model, got none of {missing} elements; "
-            "use the model section that it was trained with"
+            f"resume: the files must hold every element of the model, got none of {missing} of them; verify the run "
+            "and use another checkpoint"
         )
     if optimizer_steps:
         for master in masters:
