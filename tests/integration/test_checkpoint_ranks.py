@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
+from synthetic_shards import fingerprint_of
 
-from pipeline.storage import open_storage
-from training.checkpoint import checkpoint_name, read_record
+from jobs.cli import main
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import CheckpointRecord, checkpoint_name, list_checkpoints, read_record
 from training.config import TrainConfig
+from training.ranks import Ranks
+from training.resume import find_checkpoint
+from training.weights import load_model
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_ranks.py"
 ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
@@ -41,8 +50,8 @@ def spec_of(run_dir: Path, *, zero_stage: int, dtype: str = "float32", **changes
     return TrainConfig.model_validate(spec).model_dump(mode="json")
 
 
-def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[dict[int, float]]:
-    """The losses of each case by step."""
+def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[Any]:
+    """The losses of each case by step, or the error of every rank."""
     asked, answered = directory / "cases.json", directory / "results.json"
     asked.write_text(json.dumps(cases))
     done = subprocess.run(
@@ -57,7 +66,10 @@ def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [{int(step): loss for step, loss in losses.items()} for losses in json.loads(answered.read_text())]
+    results = json.loads(answered.read_text())
+    return [
+        {int(step): loss for step, loss in result.items()} if isinstance(result, dict) else result for result in results
+    ]
 
 
 def state_of(run_dir: Path, step: int) -> State:
@@ -90,11 +102,15 @@ def equal(one: State, other: State) -> bool:
 def check_bit_for_bit(modes: list[tuple[int, str]], directory: Path) -> None:
     cases = []
     for stage, dtype in modes:
+        is_background = stage != 1
         whole, halves = (directory / f"{name}-{stage}-{dtype}" for name in ("whole", "halves"))
         cases += [
-            {"spec": spec_of(whole, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 3, "saves": [2, 3]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
+            {"spec": spec_of(path, zero_stage=stage, dtype=dtype, checkpoint__background=is_background), **steps}
+            for path, steps in (
+                (whole, {"until": 6, "saves": [6]}),
+                (halves, {"until": 3, "saves": [2, 3]}),
+                (halves, {"until": 6, "saves": [6]}),
+            )
         ]
     results = iter(run(cases, num_ranks=2, directory=directory))
     for stage, dtype in modes:
@@ -109,11 +125,110 @@ def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
     check_bit_for_bit([(2, "bfloat16"), (3, "float32")], tmp_path)
 
 
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, of steps 2 and 3, of two ranks under ZeRO 2."""
+    directory = tmp_path_factory.mktemp("real")
+    run(
+        [{"spec": spec_of(directory / "run", zero_stage=2), "until": 3, "saves": [2, 3]}],
+        num_ranks=2,
+        directory=directory,
+    )
+    return directory / "run"
+
+
+def found(run_dir: Path) -> CheckpointRecord | None:
+    config = TrainConfig.model_validate(spec_of(run_dir, zero_stage=2))
+    one_rank = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    return find_checkpoint(config, ranks=one_rank, fingerprint=fingerprint_of())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "record.json"])
+def test_a_damaged_file_of_the_newest_falls_back_and_is_named(
+    real_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], name: str
+) -> None:
+    shutil.copytree(real_run, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step_00000003" / name)
+    record = found(tmp_path / "run")
+    assert record is not None
+    assert record.step == 2
+    assert "step_00000003" in caplog.text
+    assert name in caplog.text
+    command = CliRunner().invoke(main, ["verify", str(tmp_path / "run")])
+    assert command.exit_code == 1
+    assert name in command.stderr
+    assert "2 checkpoints of a training run; whole are those of step 2; 1 problems" in command.stderr
+
+
+def test_with_all_damaged_nothing_starts_from_zero(real_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(real_run, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*/rank_00001.safetensors"):
+        truncate(path)
+    with pytest.raises(ArtifactError, match=r"got 2 damaged ones .*step_00000002/rank_00001\.safetensors has"):
+        found(tmp_path / "run")
+
+
+def test_a_rank_that_cannot_write_fails_the_run_on_every_rank(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "run" / "checkpoints" / "step_00000002.partial" / "rank_00001.safetensors"
+    (in_the_way / "directory").mkdir(parents=True)
+    spec = spec_of(tmp_path / "none", zero_stage=2)
+    case = {"spec": spec, "until": 3, "saves": [1, 2, 3], "into": str(tmp_path / "run"), "fails": True}
+    ((first, second),) = run([case], num_ranks=2, directory=tmp_path)
+    assert "step_00000002.partial/rank_00001" in first
+    assert "failed: [Errno" in first
+    assert "rank_00001.safetensors" in second
+    assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [1]
+
+
+def test_codes_of_another_tokenizer_do_not_go_on(real_run: Path) -> None:
+    config = TrainConfig.model_validate(spec_of(real_run, zero_stage=2))
+    other = fingerprint_of().model_copy(update={"weights_sha256": "11" * 32})
+    with pytest.raises(ArtifactError, match="codes must come from tokenizer"):
+        find_checkpoint(config, ranks=Ranks(rank=0, world_size=1, device=torch.device("cpu")), fingerprint=other)
+
+
+def test_a_run_on_s3_resumes_verifies_loads_and_exports(s3_url: str, tmp_path: Path) -> None:
+    local, remote = tmp_path / "run", f"{s3_url}/run"
+    specs = [spec_of(local, zero_stage=2), spec_of(local, zero_stage=2) | {"run_dir": remote}]
+    cases = [
+        {"spec": specs[0], "until": 4, "saves": [4]},
+        {"spec": specs[1], "until": 2, "saves": [1, 2]},
+        {"spec": specs[1], "until": 4, "saves": [4]},
+    ]
+    whole, first, second = run(cases, num_ranks=2, directory=tmp_path)
+    assert first | second == whole
+    storage = open_storage(remote)
+    assert list_checkpoints(storage) == [2, 4]  # the newest two
+    assert {name.rpartition("/")[2] for name in storage.list("checkpoints/step_00000004/")} == {
+        *("rank_00000.safetensors", "rank_00001.safetensors", "record.json")
+    }
+    assert "2 checkpoints of a training run" in CliRunner().invoke(main, ["verify", remote]).stdout
+    weights = load_model(local)[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in load_model(remote)[0].state_dict().items())
+    output = str(tmp_path / "out.safetensors")
+    command = CliRunner().invoke(main, ["export", remote, "--to", "safetensors", "--ema", "--output", output])
+    assert command.exit_code == 0, command.output
+    averages = load_model(local, use_ema=True)[0].state_dict()
+    assert all(torch.equal(value, averages[name]) for name, value in load_model(output)[0].state_dict().items())
+
+
 @pytest.mark.slow
 def test_every_stage_and_dtype_goes_on_bit_for_bit(tmp_path: Path) -> None:
     check_bit_for_bit(ALL, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_world_size_and_stage_reads_every_bit(tmp_path: Path) -> None:
     """Each way resumes and saves at once: what it wrote must be what it read."""
     origin = tmp_path / "origin"
