@@ -62,10 +62,8 @@ def find_labels(
     found = _LABEL_OF_LINE.findall(content) if content.count(b"\n") == num_texts else []
     if len(found) != num_texts:  # find out which; each of them alone
         for place in np.flatnonzero(is_answered_B).tolist():
-            line = lines[place]
-            is_answered_B[place] = (
-                _has_only_own_newlines(line[None]) and _LABEL_OF_LINE.fullmatch(line.tobytes()) is not None
-            )
+            line = lines[place].tobytes()
+            is_answered_B[place] = line.count(b"\n") == 1 and _LABEL_OF_LINE.fullmatch(line) is not None
         _stand_in(lines, ~is_answered_B)
         found = _LABEL_OF_LINE.findall(lines.tobytes())
     labels_B = np.array([NO_LABEL if digits == b"null" else int(digits) for digits in found], dtype=np.int64)
