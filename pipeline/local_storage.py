@@ -11,11 +11,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import mmap
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +25,8 @@ from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage, StorageFu
 
 STAGED_PREFIX = ".staged-"
 HASH_BLOCK_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 def local_path(path: str | Path) -> Path:
@@ -163,7 +167,7 @@ class LocalStorage(Storage):
         """See `Storage.list`."""
         folder, _, start = prefix.rpartition("/")
         found = _scan(self.root / folder, prefix=f"{folder}/" if folder else "", start=start)
-        return dict(sorted(found))
+        return dict(sorted(found, key=itemgetter(0)))
 
     def find(self, name: str) -> FileInfo | None:
         """See `Storage.find`."""
@@ -174,9 +178,13 @@ class LocalStorage(Storage):
 
     def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
         """See `Storage.read_bytes`."""
-        with (self.root / name).open("rb") as file:
-            file.seek(start)
-            return file.read() if end is None else file.read(end - start)
+        # A third of the time of a file object, which counts where a rerun reads 100,000 ledger records.
+        descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY)
+        try:
+            num_bytes = os.fstat(descriptor).st_size
+            return _read_range(descriptor, start=start, end=num_bytes if end is None else min(end, num_bytes))
+        finally:
+            os.close(descriptor)
 
     def open(self, name: str) -> IO[bytes]:
         """See `Storage.open`."""
@@ -219,9 +227,24 @@ class LocalStorage(Storage):
             yield
 
 
-def _scan(directory: Path, *, prefix: str, start: str = "") -> Iterator[tuple[str, FileInfo]]:
-    """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out."""
+def _read_range(descriptor: int, *, start: int, end: int) -> bytes:
+    """Return the bytes `[start, end)` of an open file; one call reads at most 2 GiB."""
+    parts: list[bytes] = []
+    while start < end and (part := os.pread(descriptor, end - start, start)):
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _scan(
+    directory: Path, *, prefix: str, start: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, FileInfo]]:
+    """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out.
+
+    Links to directories are followed, but not back to one of those `above`, given as (device, inode).
+    """
     try:
+        above |= {_identity(directory)}
         entries = os.scandir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -229,11 +252,22 @@ def _scan(directory: Path, *, prefix: str, start: str = "") -> Iterator[tuple[st
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.startswith(start):
                 continue
-            if entry.is_dir():
-                yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/")
-            else:
-                with contextlib.suppress(FileNotFoundError):  # removed in between
+            try:
+                if not entry.is_dir():
                     yield prefix + entry.name, _info(entry.stat())
+                    continue
+                is_cycle = entry.is_symlink() and _identity(Path(entry.path)) in above
+            except FileNotFoundError:  # removed in between
+                continue
+            if is_cycle:
+                logger.warning("list %s: the link leads back to a directory above it and is left out", entry.path)
+                continue
+            yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/", above=above)
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = directory.stat()
+    return status.st_dev, status.st_ino
 
 
 def _info(status: os.stat_result) -> FileInfo:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
-from pipeline.ledger import LedgerRecord, files_problem, shard_name, stem_of
+from pipeline.ledger import LedgerRecord, files_problem, index_name, rejects_name, shard_name, stem_of
 from pipeline.retry import RetryDetails, RetrySource
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
@@ -112,7 +112,7 @@ def find_finished(
                     inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
             reason = _file_reason(storage, record, stem=stem, files=files)
             if reason is None and _is_same_input(unit, record):
-                tally.add(record)
+                _keep(record, stem=stem, tally=tally, files=files)
                 continue
             if reason is None:
                 doubtful.append(record)
@@ -122,11 +122,12 @@ def find_finished(
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
         if record.unit_index in to_retry or unit.fingerprint in inputs_when_retried.get(stem, ()):
-            tally.add(record)  # its input was mended for `retry-rejects`, which reads what became of its rejects
+            # Its input was mended for `retry-rejects`, which reads what became of its rejects.
+            _keep(record, stem=stem, tally=tally, files=files)
             continue
         reason = _input_reason(unit, record, source=source)
         if reason is None:
-            tally.add(record)
+            _keep(record, stem=stem, tally=tally, files=files)
         elif stem in inputs_when_retried:
             raise ArtifactError(
                 f"tokenize {storage}: {reason} in unit {record.unit_index} ({unit.name}) after its rejects were "
@@ -135,6 +136,13 @@ def find_finished(
         else:
             _redo(ledger, stem, plan=plan, reason=reason)
     return Found(tally=tally, uncommitted=tuple(name for name in files if not _is_of_tally(name, tally)))
+
+
+def _keep(record: LedgerRecord, *, stem: str, tally: Tally, files: dict[str, FileInfo]) -> None:
+    """Count a record, and let go of its files, which in a large set take as much memory as the tally."""
+    tally.add(record)
+    for name in (shard_name(stem), index_name(stem), rejects_name(stem)):
+        files.pop(name, None)
 
 
 def _is_of_tally(name: str, tally: Tally) -> bool:

@@ -40,12 +40,14 @@ class Tally:
         self._unit_indices.add(record.unit_index)
         if record.shard is not None:
             self.shards[record.unit_index] = record.shard
-        self.seconds_of_stage.update(record.seconds_of_stage)
+        for stage, seconds in record.seconds_of_stage.items():  # a third of the time of Counter.update
+            self.seconds_of_stage[stage] += seconds  # type: ignore[assignment]
         counts = record.counts
         self._num_read += counts.num_read
         self._num_written += counts.num_written
-        self._dropped.update(counts.dropped_by_reason)
-        self._rejected.update(counts.rejected_by_reason)
+        if counts.num_dropped or counts.num_rejected:
+            self._dropped.update(counts.dropped_by_reason)
+            self._rejected.update(counts.rejected_by_reason)
         if record.retried is not None:
             self._num_read -= len(record.retried.keys)
             self._rejected.subtract(record.retried.rejected_by_reason)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.local_storage import (
+    LocalStorage,
     exclusive,
     find_staged,
     local_path,
@@ -94,3 +95,30 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
 def test_object_storage_is_refused_by_name() -> None:
     with pytest.raises(ArtifactError, match="s3://bucket/x"):
         local_path("s3://bucket/x")
+
+
+def test_a_link_to_a_directory_is_listed_but_not_one_that_leads_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    (root / "a" / "b").mkdir(parents=True)
+    elsewhere.mkdir()
+    (root / "a" / "b" / "1.txt").write_text("1")
+    (elsewhere / "2.txt").write_text("2")
+    (root / "a" / "link").symlink_to(elsewhere)
+    (root / "again").symlink_to(root / "a")
+    (root / "a" / "b" / "up").symlink_to(root)
+    (elsewhere / "self").symlink_to(elsewhere)
+    (root / "dangling").symlink_to(tmp_path / "nowhere")
+    names = ["a/b/1.txt", "a/link/2.txt", "again/b/1.txt", "again/link/2.txt"]
+    assert list(LocalStorage(root).list()) == names
+    told = f"list {root}/a/b/up: the link leads back to a directory above it and is left out"
+    assert told in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "want"), [(0, None, b"0123456789"), (3, 5, b"34"), (8, 99, b"89"), (4, 4, b"")]
+)
+def test_a_range_of_a_file_is_read(tmp_path: Path, start: int, end: int | None, want: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(b"0123456789")
+    assert LocalStorage(tmp_path).read_bytes("a.bin", start=start, end=end) == want
