@@ -2,22 +2,28 @@
 
 Invariant: the optimiser is torch's AdamW in float32, decays matrices only, and its learning rate is set by us as a
 pure function of the step, so that nothing about the schedule needs saving. ZeRO 0-3, bfloat16 or float32, clipping,
-grad accumulation derived from the batch. Nothing is compiled at start (DeepSpeed's own Adam would take 80 s).
+grad accumulation derived from the batch; a step whose norm is not finite changes nothing. DeepSpeed's own Adam is not
+used: it takes 80 s to compile at start.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from training.adamw import AVERAGE, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
+from training.tensorar import TensorAR
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +77,53 @@ def deepspeed_settings(config: EngineConfig, *, max_grad_norm: float, world_size
         "steps_per_print": 2**31,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Overlap needs device streams; on CPU it only adds copies.
-            "overlap_comm": torch.cuda.is_available(),
-            "contiguous_gradients": True,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by the same AdamW
+        "zero_optimization": _zero_settings(config),
     }
 
 
-def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engine:
+def _zero_settings(config: EngineConfig) -> dict[str, Any]:
+    has_cuda = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "stage": config.zero_stage,
+        # Overlap needs device streams; on CPU it only adds copies.
+        "overlap_comm": has_cuda,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+    }
+    if config.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
+    return settings
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check the keys of DeepSpeed's config against DeepSpeed's own names: it ignores what it does not know on top.
+
+    Raises:
+        ValueError: a key that the installed DeepSpeed does not read, or a block that its model refuses.
+    """
+    from deepspeed.runtime import constants  # noqa: PLC0415  (see `build_engine`)
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: PLC0415
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
+
+    blocks = {"bf16": DeepSpeedBF16Config, "zero_optimization": DeepSpeedZeroConfig}
+    scalars = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
+    for key, value in settings.items():
+        if key not in blocks and (key not in scalars or isinstance(value, dict)):
+            near = difflib.get_close_matches(key, [*blocks, *scalars], n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it"
+            raise ValueError(f"deepspeed settings: every key must be one of DeepSpeed's own, got {key!r}; {hint}")
+    for key, model in blocks.items():
+        unknown = set(settings.get(key, {})) - set(model.model_fields)
+        if unknown:
+            raise ValueError(
+                f"deepspeed settings: every key of {key} must be one of DeepSpeed's own, got {sorted(unknown)}; "
+                f"correct it"
+            )
+
+
+def build_engine(model: TensorAR, *, config: TrainConfig, ranks: Ranks) -> Engine:
     """Return the DeepSpeed engine of `model`, in training mode; rank 0's weights are broadcast.
 
     Raises:
@@ -93,16 +134,29 @@ def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engi
     settings = deepspeed_settings(
         config.engine, max_grad_norm=config.optimizer.max_grad_norm, world_size=ranks.world_size
     )
-    optimizer = torch.optim.AdamW(
+    check_settings(settings)
+    _prepare_blocks(model, config.engine)
+    optimizer = AdamW(
         parameter_groups(model, weight_decay=config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
+        lr=0.0,  # at ZeRO 0 in bfloat16 DeepSpeed takes a step with zero gradients here: it must change nothing
         betas=config.optimizer.betas,
+        ema_decay=config.optimizer.ema_decay,
         fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model.to(ranks.device), optimizer=optimizer, config=settings, dist_init_required=False
     )
+    engine.clip_fp32_gradients = lambda: None  # `take_step` clips them by the norm that it needs anyway
+    optimizer.state.clear()
+    set_learning_rate(engine, config.optimizer.learning_rate)
     return engine
+
+
+def _prepare_blocks(model: TensorAR, config: EngineConfig) -> None:
+    model.base.recomputes_activations = config.activation_checkpointing
+    if config.compile_mode != "none":
+        for block in model.base.layers:
+            block.compile(mode=config.compile_mode)  # in place: the names of the weights stay
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
@@ -140,17 +194,136 @@ def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415  (see `build_engine`)
 
+    masters = _whole_masters(engine)
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
         if is_kept:
-            weights[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True)
+            weights[name] = _to_cpu(masters.get(parameter, parameter) if full is None else full)
     return weights
 
 
-def grad_norm(engine: Engine) -> float | None:
-    """Return the global gradient norm of the last step, before clipping; none at ZeRO 0 in float32, where DeepSpeed
-    clips without telling it.
+def _whole_masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
+    """The float32 weights of each bfloat16 parameter at ZeRO 0, where every rank holds all of them; else empty."""
+    pairs = zip(
+        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=False
+    )
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def link_optimizer_states(engine: Engine) -> None:
+    """Make DeepSpeed's access to optimiser states by parameter whole, at ZeRO 1 and 2.
+
+    DeepSpeed 0.19.8 links parameters to states once, after the step of the first parameter group, when the states of
+    the other groups (here: what does not decay) do not exist yet; reading those then fails.
     """
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
+
+
+def full_average(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
+    """Return the whole float32 moving average of the weights by name, on the CPU; called by every rank.
+
+    Args:
+        engine: of any ZeRO stage, with `optimizer.ema_decay` set, after at least one step.
+        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
+    """
+    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (see `build_engine`)
+
+    link_optimizer_states(engine)
+    masters = _whole_masters(engine)
+    averages: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_optimizer_state(parameter, AVERAGE)
+        if full is None:  # ZeRO 0: what never had a gradient has no state, and is its own average
+            master = masters.get(parameter, parameter)
+            full = engine.optimizer.state[master].get(AVERAGE, master)
+        if is_kept:
+            averages[name] = _to_cpu(full)
+    return averages
+
+
+def take_step(engine: Engine, *, may_update: bool) -> float | None:
+    """Return the global gradient norm before clipping after the last micro step of a step; None after the others.
+
+    Call it after every `engine.backward`, on every rank. After the last micro step it clips and updates weights,
+    moments and average if the norm is finite and `may_update`; else all of them stay as they are, bit for bit, and the
+    gradients are cleared. The norm is reduced over the ranks, so that all of them decide alike.
+
+    Args:
+        engine: of `build_engine`, any ZeRO stage and dtype.
+        may_update: the same on every rank; looked at after the last micro step only.
+
+    Returns:
+        The norm, the same on every rank; inf or nan where it was not finite.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # counts the micro step
+        return None
+    if isinstance(engine.optimizer, AdamW):
+        return _take_plain_step(engine, may_update=may_update)
+    if may_update:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    return _discard_gradients(engine)
+
+
+def _take_plain_step(engine: Engine, *, may_update: bool) -> float:
+    """The step of ZeRO 0 in float32, where DeepSpeed would clip without telling the norm and update with any."""
+    gradients, norm = _whole_gradients(engine)
+    if not (may_update and math.isfinite(norm)):
+        engine.zero_grad()  # AdamW leaves alone what has no gradient
+    elif engine.gradient_clipping() > 0.0 and norm > engine.gradient_clipping():
+        torch._foreach_mul_(gradients, engine.gradient_clipping() / (norm + 1e-6))
+    engine.step()
+    return norm
+
+
+def _whole_gradients(engine: Engine) -> tuple[list[torch.Tensor], float]:
+    """The reduced gradients of ZeRO 0, whole on every rank, and their norm."""
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return gradients, float(torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients]))
+
+
+def _discard_gradients(engine: Engine) -> float:
+    """Return the norm of gradients that are dropped as DeepSpeed itself drops those whose norm is not finite."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  (see `build_engine`)
+
+    optimizer = engine.optimizer
+    infinity = torch.tensor(math.inf, device=engine.device)
+    if engine.zero_optimization_stage() == 0:
+        gradients, norm = _whole_gradients(engine)
+        gradients[0].fill_(math.inf)
+        engine.step()
+        return norm
+    if engine.zero_optimization_stage() == 3:
+        norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
+        with _replaced(optimizer, "_get_norm_groups", lambda: [infinity]):
+            engine.step()
+        return norm
+    norm = float(optimizer.scaled_global_norm())
+    with _replaced(optimizer, "scaled_global_norm", lambda: infinity):
+        engine.step()
+    return norm
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[[], Any]) -> Iterator[None]:
+    """`owner.name` is `method` while the body runs."""
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def grad_norm(engine: Engine) -> float | None:
+    """Return the global gradient norm of the last `engine.step()`, before clipping; none at ZeRO 0 in float32."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
