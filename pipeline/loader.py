@@ -194,13 +194,12 @@ class _Part:
             epoch=int(drawn.epochs_N[place]),
             part=self._number,
         )
-        for candidate in tried.tolist():
-            index = candidates[candidate]
+        for index in (candidates.start + tried).tolist():
             found = self.shard_set.try_read_batch(np.array([index], dtype=np.int64), views=view)
             if not found.damages:
                 samples.codes_BT[place], samples.labels_B[place] = found.codes_BT[0], found.labels_B[0]
                 logger.warning("replaced a damaged sample by %s: %s", self.shard_set.sample_name(index), error)
-                return index
+                return int(index)
         raise error
 
     def _expect_shards(self, position: int) -> None:

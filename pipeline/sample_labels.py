@@ -18,7 +18,7 @@ NO_LABEL = -1
 MAX_DEPTH = 4
 """Nesting of objects and lists before the label; deeper texts are not answered."""
 
-_NEWLINE, _ZERO_BYTE, _BRACE = 10, 0, ord("}")
+_NEWLINE, _ZERO_BYTE, _BRACE = ord("\n"), 0, ord("}")
 _STAND_IN = b'{"label":null}'
 _STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
 
@@ -58,13 +58,14 @@ def find_labels(
     lines[:, 1:] = text_BN
     if not is_answered_B.all():
         _stand_in(lines, ~is_answered_B)
-    found = _LABEL_OF_LINE.findall(lines) if _has_only_own_newlines(lines) else []
+    content = lines.tobytes()
+    found = _LABEL_OF_LINE.findall(content) if content.count(b"\n") == num_texts else []
     if len(found) != num_texts:  # find out which; each of them alone
         for place in np.flatnonzero(is_answered_B).tolist():
-            line = lines[place]
-            is_answered_B[place] = _has_only_own_newlines(line[None]) and _LABEL_OF_LINE.fullmatch(line) is not None
+            line = lines[place].tobytes()
+            is_answered_B[place] = line.count(b"\n") == 1 and _LABEL_OF_LINE.fullmatch(line) is not None
         _stand_in(lines, ~is_answered_B)
-        found = _LABEL_OF_LINE.findall(lines)
+        found = _LABEL_OF_LINE.findall(lines.tobytes())
     labels_B = np.array([NO_LABEL if digits == b"null" else int(digits) for digits in found], dtype=np.int64)
     return labels_B, is_answered_B
 
@@ -73,7 +74,3 @@ def _stand_in(lines: npt.NDArray[np.uint8], chosen: npt.NDArray[np.bool_]) -> No
     """Put a text that has no label in the place of some, so that there is one answer a line."""
     lines[chosen, 1:] = _ZERO_BYTE
     lines[chosen, 1 : 1 + len(_STAND_IN)] = list(_STAND_IN)
-
-
-def _has_only_own_newlines(lines: npt.NDArray[np.uint8]) -> bool:
-    return int(np.count_nonzero(lines == _NEWLINE)) == len(lines)
