@@ -139,7 +139,7 @@ def estimate_memory(
         activations=gathered + samples * kept_bytes(config, device=device),
         logits=samples * logit_bytes(config),
         backward_work=block + gathered + (num_all * width if zero_stage == 0 else bucket),
-        step_work=num_states * (4 if zero_stage >= 1 else 0) + num_states * (width if width == 2 and zero_stage else 0),
+        step_work=num_states * _step_bytes(zero_stage, width=width),
         is_copy_on_device=is_cpu,
     )
 
@@ -191,6 +191,12 @@ def _lasting_buckets(bucket: int, *, zero_stage: int, is_cpu: bool) -> int:
         return 0
     num_buffers = 1 if is_cpu else 2  # overlapped communication fills one while the other is sent
     return num_buffers * bucket + (STAGE_3_BYTES if zero_stage == 3 else 0)
+
+
+def _step_bytes(zero_stage: int, *, width: int) -> int:
+    """Bytes per stepped parameter: gradients as one flat tensor and, where they are not, in float32."""
+    in_float32 = 4 if width == 2 else 0
+    return in_float32 if zero_stage == 0 else in_float32 + width
 
 
 def _num_on_heap(config: ModelConfig) -> int:
