@@ -37,7 +37,7 @@ def run_to_the_end(config: TrainConfig, *, stop: StopRequest) -> Outcome | None:
 
     Returns:
         How the last ranks ended: finished, or stopped, on request or before nodes were taken away that nothing
-        replaces; None where the request came before there were any.
+        replaces; None where the request came before there were any, or ended them before they could save.
 
     Raises:
         RanksFailedError: a rank failed for good, or too often without a new checkpoint.
@@ -53,8 +53,8 @@ def run_to_the_end(config: TrainConfig, *, stop: StopRequest) -> Outcome | None:
         try:
             outcome = run_ranks(config_of_ranks(config, num_ranks), stop=stop)
         except RanksFailedError as error:
-            if stop.is_made.is_set():
-                raise
+            if stop.is_made.is_set() and error.is_worth_retrying:
+                return None  # whoever stops a job may stop all of its processes; the newest checkpoint is there
             count.note_failure(error)
             outcome = None
         else:
