@@ -21,6 +21,7 @@ from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
 from pipeline.storage import open_storage
+from training.config import TrainConfig
 
 EXIT_FAILED = 1
 EXIT_BAD_SPEC = 2
@@ -105,6 +106,22 @@ def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
 
         Console().print(summary_table(result))
     click.echo(_outcome(spec, result, command=_command(spec_path, overrides)))
+
+
+@main.command()
+@click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--ranks", type=click.IntRange(min=1), help="World size; default cluster.num_workers.")
+def plan(*, spec_path: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Estimate what a train spec takes: memory per rank for every ZeRO stage, work per step, disk."""
+    spec = load_spec(spec_path, overrides)
+    if not isinstance(spec, TrainConfig):
+        raise SpecError([f"{spec_path}: kind must be train, got {spec.kind!r}"])
+    from jobs.plan import plan_summary, plan_table  # noqa: PLC0415  (imports torch)
+
+    world_size = ranks or spec.cluster.num_workers
+    Console().print(plan_table(spec, world_size=world_size))
+    click.echo(plan_summary(spec, world_size=world_size))
 
 
 @main.command()

@@ -1,18 +1,62 @@
 """Checks what a training run reads before any rank is started: seconds in one process instead of a failed launch.
 
-It only reads records: manifests, headers of weights, the run's own checkpoint records; no codes, no tensors.
+It only reads records: manifests, headers of weights, the records of checkpoints; no codes, no tensors.
 """
 
 from __future__ import annotations
 
-from training.config import TrainConfig
-from training.loop import open_shards
+from pathlib import Path
+
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import list_checkpoints, read_record
+from training.config import ModelConfig, TrainConfig
+from training.data import open_shards
+from training.tensorar import module_hidden_dim
+from training.weights import find_weights, read_header
+
+_FIELDS = ("layers", "heads", "dim", "codebook_size", "num_classes")
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Check shards, held-out shards and warm start against each other and the model.
+def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
+    """Check shards, held-out shards and the warm start against each other and the model.
+
+    Args:
+        config: of the run.
+        is_new: whether the run has no checkpoint yet; only then its warm start is read.
 
     Raises:
         ArtifactError: something is missing, damaged, or was not made for this run; the message says what to do.
     """
     open_shards(config)
+    if is_new and config.warm_start is not None:
+        _check_warm_start(config, config.warm_start)
+
+
+def _check_warm_start(config: TrainConfig, url: str) -> None:
+    found = _model_of(config, url)
+    if found is None:  # LlamaGen's own file, whose shapes are known once its tensors are read
+        return
+    wanted = config.model
+    fields = [(name, getattr(found, name), getattr(wanted, name)) for name in _FIELDS]
+    if found.window_size != 1:
+        fields.append(("window_size", found.window_size, wanted.window_size))
+        fields.append(("hidden width of the modules", module_hidden_dim(found), module_hidden_dim(wanted)))
+    differing = [f"{name} (there {have}, in the spec {want})" for name, have, want in fields if have != want]
+    if differing:
+        raise ArtifactError(
+            f"warm start from {url}: the weights must be of this model, or of its base model, but these differ: "
+            f"{', '.join(differing)}; correct model, or name other weights"
+        )
+
+
+def _model_of(config: TrainConfig, url: str) -> ModelConfig | None:
+    """What model the weights are of; none where only reading them tells. Raises ArtifactError where there are none."""
+    if "://" in url or Path(url).expanduser().is_dir():
+        storage = open_storage(url, s3=config.s3)
+        steps = list_checkpoints(storage)
+        if steps:  # the ranks verify the files; their record alone says what they are
+            return ModelConfig.model_validate(read_record(storage, steps[-1]).spec["model"])
+    place = find_weights(url, s3=config.s3)
+    if not isinstance(place, Path):
+        return place.model_config
+    return read_header(place).config if place.suffix == ".safetensors" else None

@@ -60,7 +60,7 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
         if finished is not None:
             logger.info("run %s is finished: step=%d", storage, finished.step)
             return finished
-        check_inputs(config)
+        check_inputs(config, is_new=newest_step(config) == 0)
         outcome = _run_under_ray(config, stop=stop, progress=progress)
     if outcome is None or not outcome.result.is_finished:
         raise RunStoppedError(_told_of_stop(config, outcome))

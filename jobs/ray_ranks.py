@@ -137,9 +137,11 @@ def describe_failure(error: Exception) -> RanksFailedError:
         )
     # When a rank dies the others lose their connections to it; the cause is what did not.
     rank = min(failures, key=lambda rank: (_suspicion(failures[rank]), rank))
+    is_only_seen = _suspicion(failures[rank]) == 2  # the lost one has not been noticed yet
+    cause = _told(failures[rank])
     return RanksFailedError(
-        _told(failures[rank]),
-        rank=rank,
+        f"another rank, or its node, was lost: rank {rank} saw {cause}" if is_only_seen else cause,
+        rank=None if is_only_seen else rank,
         is_worth_retrying=all(is_worth_retrying(failure) for failure in failures.values()),
         is_preemption=any(_is_of_preemption(failure) for failure in failures.values()),
     )

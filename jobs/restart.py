@@ -37,30 +37,30 @@ def run_to_the_end(config: TrainConfig, *, stop: StopRequest) -> Outcome | None:
 
     Returns:
         How the last ranks ended: finished, or stopped, on request or before nodes were taken away that nothing
-        replaces; None where the request came before there were any.
+        replaces; None where the request came before there were any, or ended them before they could save.
 
     Raises:
         RanksFailedError: a rank failed for good, or too often without a new checkpoint.
     """
-    failures = _Failures(config)
+    count = RestartCount(config)
     outcome: Outcome | None = None
     while True:
         # After a preemption all is saved, and somebody may have better use for what is left of the cluster.
         num_ranks = find_room(config, stop=stop, is_patient=outcome is None)
         if num_ranks is None:
             return outcome
-        failures.note_start(num_ranks)
+        count.note_start(num_ranks)
         try:
             outcome = run_ranks(config_of_ranks(config, num_ranks), stop=stop)
         except RanksFailedError as error:
-            if stop.is_made.is_set():
-                raise
-            failures.count(error)
+            if stop.is_made.is_set() and error.is_worth_retrying:
+                return None  # whoever stops a job may stop all of its processes; the newest checkpoint is there
+            count.note_failure(error)
             outcome = None
         else:
             if outcome.result.is_finished or not outcome.preempted_nodes:
                 return outcome
-            failures.note_preemption(outcome)
+            count.note_preemption(outcome)
 
 
 def possible_ranks(config: TrainConfig) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ def _has_room(cluster: ClusterConfig, num_ranks: int, *, wait_s: float, stop: St
         remove_placement_group(reservation)
 
 
-class _Failures:
+class RestartCount:
     """Counts restarts, and says and records each of them."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -166,7 +166,7 @@ class _Failures:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds")} | line) + "\n")
 
-    def count(self, error: RanksFailedError) -> None:
+    def note_failure(self, error: RanksFailedError) -> None:
         """Count a failure; return if the ranks may be started again.
 
         Raises:

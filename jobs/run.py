@@ -122,8 +122,10 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    has_s3 = isinstance(spec, TokenizeConfig | TrainConfig)
-    storage = open_storage(spec.run_dir, s3=spec.s3) if has_s3 else _local(spec.run_dir)
+    if isinstance(spec, TokenizeConfig | TrainConfig):
+        storage = open_storage(spec.run_dir, s3=spec.s3)
+    else:
+        storage = _local(spec.run_dir)
     new = spec.model_dump(mode="json")
     if storage.find(SPEC_NAME) is not None:
         old = _read(storage)

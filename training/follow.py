@@ -45,11 +45,16 @@ class _Tail:
         """Return the lines written whole since the last call."""
         if not self._path.exists():
             return []
-        self._num_bytes = min(self._num_bytes, self._path.stat().st_size)
+        begin = min(self._num_bytes, self._path.stat().st_size)
         with self._path.open("rb") as file:
-            file.seek(self._num_bytes)
-            *lines, _ = file.read().split(b"\n")
-        self._num_bytes += sum(len(line) + 1 for line in lines)
+            file.seek(max(0, begin - 1))
+            data = file.read()
+        # A restart may have cut the file and written past this place: go on at the next line that begins.
+        skipped = 0 if begin == 0 else data.find(b"\n") + 1
+        if begin > 0 and skipped == 0:
+            return []
+        *lines, rest = data[skipped:].split(b"\n")
+        self._num_bytes = max(0, begin - 1) + len(data) - len(rest)
         return [json.loads(line) for line in lines]
 
 

@@ -34,7 +34,12 @@ def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def job(shards: Path, run_dir: Path, **changes: Any) -> TrainConfig:
-    fields = {"num_steps": NUM_STEPS, "checkpoint__every_n_steps": 4, "model__dropout": 0.0, "engine__dtype": "float32"} | changes
+    fields = {
+        "num_steps": NUM_STEPS,
+        "checkpoint__every_n_steps": 4,
+        "model__dropout": 0.0,
+        "engine__dtype": "float32",
+    } | changes
     return train_config(run_dir, shards=shards, **fields)
 
 

@@ -1,0 +1,39 @@
+"""A training run whose run_dir is on S3: the spec is kept there, and the launched run trains, resumes and is done."""
+
+from pathlib import Path
+
+import pytest
+from synthetic_shards import train_config, write_shard_set
+
+from jobs.launch import launch_training
+from jobs.run import remember_spec
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import list_checkpoints, verify_checkpoint
+from training.metrics import read_metrics
+from training.run_dir import local_run_dir
+
+
+def test_the_directory_remembers_its_spec_and_refuses_another_once_it_has_begun(s3_url: str) -> None:
+    config = train_config(Path("run"), shards=Path("set")).model_copy(update={"run_dir": s3_url})
+    storage = open_storage(s3_url)
+    remember_spec(config)
+    other = config.model_copy(update={"seed": 6})
+    remember_spec(other)  # nothing has begun: a mended spec takes its place
+    storage.write_json("checkpoints/step_00000004/record.json", {})
+    remember_spec(other)
+    with pytest.raises(ArtifactError, match=r"these fields differ: seed \(there 6, in the spec 5\)"):
+        remember_spec(config)
+
+
+@pytest.mark.slow
+def test_a_launched_run_trains_resumes_and_is_done(s3_url: str, tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set")
+    config = train_config(tmp_path / "run", shards=shards, num_steps=4).model_copy(update={"run_dir": s3_url})
+    assert launch_training(config, progress=False).checkpoint == f"{s3_url}/checkpoints/step_00000004"
+    longer = config.model_copy(update={"num_steps": 6})
+    assert launch_training(longer, progress=False).step == 6
+    storage = open_storage(s3_url)
+    assert list_checkpoints(storage) == [4, 6]
+    assert verify_checkpoint(storage, 6) == []
+    assert [line["step"] for line in read_metrics(local_run_dir(s3_url))] == [1, 2, 3, 4, 5, 6]
+    assert launch_training(longer, progress=False).step == 6

@@ -1,0 +1,212 @@
+"""What a training run takes: memory per rank for every ZeRO stage, work per step, bytes on disk; by the shape alone.
+
+Pure functions of the config; nothing is built. Tensors are counted, not allocated: parameters in closed form, and what
+DeepSpeed and autograd keep beside them as this version of both was seen to do. The peak is the largest of three
+moments: the loss (all activations), backward, the optimiser's step. Within 15 % of measured (docs/results.md).
+
+P parameters, W world size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.config import ModelConfig, TrainConfig
+from training.engine import _BUCKET_ELEMENTS
+from training.gpt import feed_forward_dim
+from training.tensorar import module_hidden_dim, num_added_parameters
+
+Device = Literal["cpu", "cuda"]
+ZERO_STAGES = (0, 1, 2, 3)
+PROCESS_BYTES: dict[Device, int] = {"cpu": 510 * 10**6, "cuda": 800 * 10**6}
+"""A rank before there is a model: resident memory with everything imported (measured), or CUDA's context and libraries
+(an estimate)."""
+STAGE_3_BYTES = 90 * 10**6
+"""Beside its buckets, what ZeRO-3 was seen to hold whatever the model's size."""
+LIVE_ELEMENTS = 10**9
+"""Parameters that ZeRO-3 keeps gathered at most (DeepSpeed's default)."""
+HEAP_BYTES_PER_PARAMETER = {0: 2.5, 1: 2.5, 2: 2.5, 3: 5.0}
+"""What malloc keeps of freed tensors below 32 MiB, per parameter in such tensors (CPU, measured)."""
+MMAP_BYTES = 32 * 2**20
+"""Larger tensors are mapped by themselves, and given back when they are freed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank."""
+
+    process: int
+    """Without a model."""
+    weights: int
+    """In the arithmetic's dtype."""
+    master: int
+    """Float32 weights beside them."""
+    moments: int
+    """Adam's two."""
+    average: int
+    """The EMA."""
+    gradients: int
+    """Kept from backward to the step."""
+    buckets: int
+    """Of communication."""
+    heap: int
+    """Freed, but kept by the allocator (CPU)."""
+    checkpoint_copy: int
+    """In host memory, while a checkpoint is written in the background."""
+    activations: int
+    """Kept for backward, at the loss."""
+    logits: int
+    """Logits, their float32 forms and their gradients at the loss."""
+    backward_work: int
+    """In backward: gathered weights, a recomputed block, flat buffers."""
+    step_work: int
+    """In the optimiser's step: flat and float32 gradients."""
+    is_copy_on_device: bool
+    """Whether the checkpoint's copy counts in the same memory (CPU)."""
+
+    @property
+    def lasting(self) -> int:
+        """Bytes that are there at any moment after the first step."""
+        copy = self.checkpoint_copy if self.is_copy_on_device else 0
+        states = self.weights + self.master + self.moments + self.average
+        return self.process + states + self.gradients + self.buckets + self.heap + copy
+
+    @property
+    def peak(self) -> int:
+        """The largest of the moments: the loss, backward, the optimiser's step."""
+        return self.lasting + max(self.activations + self.logits, self.backward_work, self.step_work)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the parameters of the base model and the TensorAR modules, in closed form."""
+    dim = config.dim
+    block = 4 * dim * dim + 3 * dim * feed_forward_dim(dim) + 2 * dim
+    tables = (config.num_classes + 1 + 2 * config.codebook_size) * dim
+    return config.layers * block + tables + dim + num_added_parameters(config)
+
+
+def micro_batch_size(config: TrainConfig, *, world_size: int) -> int:
+    """Return the samples of a rank's micro step; raises ValueError where the global batch does not divide."""
+    return config.engine.global_batch_size // (world_size * config.engine.grad_accumulation(world_size))
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Return the bytes of one checkpoint: float32 weights, both moments and the average if there is one."""
+    kinds = 3 if config.optimizer.ema_decay is None else 4
+    return 4 * kinds * num_parameters(config.model)
+
+
+def estimate_memory(
+    config: TrainConfig, *, world_size: int, zero_stage: int, device: Device, has_heap: bool = True
+) -> Memory:
+    """Return what one rank takes.
+
+    Args:
+        config: of the run; its own `engine.zero_stage` is not looked at.
+        world_size: ranks.
+        zero_stage: 0 to 3.
+        device: `cuda` leaves out what offloading moves to the host.
+        has_heap: whether malloc keeps what is freed (CPU); not with MALLOC_MMAP_THRESHOLD_ set.
+
+    Raises:
+        ValueError: the global batch does not divide over the ranks.
+    """
+    engine, num_all = config.engine, num_parameters(config.model)
+    is_cpu, width = device == "cpu", _width(config)
+    samples = micro_batch_size(config, world_size=world_size)
+    num_own = num_all // world_size if zero_stage >= 1 else num_all
+    num_weights = num_own if zero_stage == 3 else num_all
+    is_accumulated = engine.grad_accumulation(world_size) > 1
+    num_gradients = num_all if zero_stage == 0 or (zero_stage == 1 and is_accumulated) else num_own
+    num_states = 0 if engine.offload_optimizer and zero_stage >= 1 and not is_cpu else num_own
+    average = 0 if config.optimizer.ema_decay is None else 4
+    # In float32 only plain data parallelism steps on the weights themselves.
+    master = 0 if zero_stage == 0 and width == 4 else 4
+    bucket = min(_BUCKET_ELEMENTS, num_all) * width
+    gathered = min(LIVE_ELEMENTS, num_all) * width if zero_stage == 3 and world_size > 1 else 0
+    block = samples * _block_bytes(config, device=device) if engine.activation_checkpointing else 0
+    return Memory(
+        process=PROCESS_BYTES[device],
+        weights=num_weights * width,
+        master=num_states * master,
+        moments=num_states * 8,
+        average=num_states * average,
+        gradients=num_gradients * width,
+        buckets=_lasting_buckets(bucket, zero_stage=zero_stage, is_cpu=is_cpu),
+        heap=int(HEAP_BYTES_PER_PARAMETER[zero_stage] * _num_on_heap(config.model)) if is_cpu and has_heap else 0,
+        checkpoint_copy=num_own * (12 + average) * config.checkpoint.background,
+        activations=gathered + samples * kept_bytes(config, device=device),
+        logits=samples * logit_bytes(config),
+        backward_work=block + gathered + (num_all * width if zero_stage == 0 else bucket),
+        step_work=num_states * _step_bytes(zero_stage, width=width),
+        is_copy_on_device=is_cpu,
+    )
+
+
+def kept_bytes(config: TrainConfig, *, device: Device) -> int:
+    """Return the bytes per sample that autograd keeps from forward to backward, but for the logits."""
+    model, width = config.model, _width(config)
+    tokens, window, dim = model.num_positions, model.window_size, model.dim
+    of_block = width * dim * tokens if config.engine.activation_checkpointing else _block_bytes(config, device=device)
+    total = model.layers * of_block + tokens * window * _norm_bytes(config)
+    if window > 1:
+        hidden = module_hidden_dim(model)
+        encoder = window * (_norm_bytes(config) + width * dim) + width * dim + _norm_bytes(config) + 4 * width * hidden
+        decoder = _norm_bytes(config) + width * dim
+        decoder += window * (2 * width * dim + _norm_bytes(config) + 4 * width * hidden)
+        total += tokens * (encoder + decoder)
+    return total
+
+
+def logit_bytes(config: TrainConfig) -> int:
+    """Return the bytes per sample of the logits at the loss: themselves and, in float32, what cross-entropy makes.
+
+    In float32 (in bfloat16 after a copy): the log-softmax that is kept, its gradient, the logits' gradient.
+    """
+    model = config.model
+    per_logit = 16 if _width(config) == 4 else 14
+    return model.num_positions * model.window_size * model.codebook_size * per_logit
+
+
+def _block_bytes(config: TrainConfig, *, device: Device) -> int:
+    """Bytes per sample that one block keeps: two norms, q, k, v, attention, feed-forward, dropout's draws."""
+    model, width = config.model, _width(config)
+    tokens, dim = model.num_positions, model.dim
+    # Plain products keep the scores; the fused kernel keeps its output and a float per head.
+    has_scores = device == "cpu" and width == 2
+    attention = width * model.heads * tokens if has_scores else width * dim + 4 * model.heads
+    dropout = 2 * width * dim if model.dropout else 0
+    feed_forward = 4 * width * feed_forward_dim(dim)
+    return tokens * (2 * _norm_bytes(config) + 4 * width * dim + attention + feed_forward + dropout)
+
+
+def _norm_bytes(config: TrainConfig) -> int:
+    """Bytes per state that a norm keeps: its input in float32, the normalised one and its output."""
+    return (4 + 2 * _width(config)) * config.model.dim
+
+
+def _lasting_buckets(bucket: int, *, zero_stage: int, is_cpu: bool) -> int:
+    if zero_stage == 0:
+        return 0
+    num_buffers = 1 if is_cpu else 2  # overlapped communication fills one while the other is sent
+    return num_buffers * bucket + (STAGE_3_BYTES if zero_stage == 3 else 0)
+
+
+def _step_bytes(zero_stage: int, *, width: int) -> int:
+    """Bytes per stepped parameter: gradients as one flat tensor and, where they are not, in float32."""
+    in_float32 = 4 if width == 2 else 0
+    return in_float32 if zero_stage == 0 else in_float32 + width
+
+
+def _num_on_heap(config: ModelConfig) -> int:
+    """Parameters in tensors that are too small, in float32, to be mapped by themselves."""
+    dim, hidden = config.dim, feed_forward_dim(config.dim)
+    sizes = [3 * dim * dim, dim * dim, *(3 * [dim * hidden])] * config.layers
+    sizes += [config.codebook_size * dim] * 2 + [(config.num_classes + 1) * dim]
+    sizes += [dim * dim] * 8 * (config.window_size > 1)
+    return sum(size for size in sizes if 4 * size < MMAP_BYTES)
+
+
+def _width(config: TrainConfig) -> int:
+    return 2 if config.engine.dtype == "bfloat16" else 4
