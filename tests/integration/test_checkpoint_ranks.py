@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,21 @@ from training.resume import find_checkpoint
 from training.weights import load_model
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_ranks.py"
-ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
-FAST = [(2, "bfloat16"), (3, "float32")]
+
+
+class Mode(NamedTuple):
+    """How an engine holds its state."""
+
+    zero_stage: int
+    dtype: str
+    offload: bool = False
+
+
+FAST = [Mode(2, "bfloat16"), Mode(3, "float32")]
+ALL = [
+    *(Mode(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")),
+    *(Mode(stage, "bfloat16", offload=True) for stage in (1, 2, 3)),
+]
 State = dict[str, npt.NDArray[np.float32]]
 
 
@@ -100,12 +113,21 @@ def equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def halved_cases(modes: list[tuple[int, str]], directory: Path) -> list[dict[str, Any]]:
+def spec_of_mode(directory: Path, name: str, mode: Mode) -> dict[str, Any]:
+    return spec_of(
+        directory / "-".join(map(str, (name, *mode))),
+        zero_stage=mode.zero_stage,
+        dtype=mode.dtype,
+        engine__offload_optimizer=mode.offload,
+        checkpoint__background=mode.zero_stage != 1,
+    )
+
+
+def halved_cases(modes: list[Mode], directory: Path) -> list[dict[str, Any]]:
     """Of each mode: six steps at once, three, and the other three."""
     return [
-        {"spec": spec_of(directory / f"{name}-{stage}-{dtype}", zero_stage=stage, dtype=dtype, **changes), **steps}
-        for stage, dtype in modes
-        for changes in [{"checkpoint__background": stage != 1}]
+        {"spec": spec_of_mode(directory, name, mode), **steps}
+        for mode in modes
         for name, steps in (
             ("whole", {"until": 6, "saves": [6]}),
             ("halves", {"until": 3, "saves": [2, 3]}),
@@ -114,13 +136,13 @@ def halved_cases(modes: list[tuple[int, str]], directory: Path) -> list[dict[str
     ]
 
 
-def check_bit_for_bit(modes: list[tuple[int, str]], directory: Path, results: list[Any]) -> None:
-    for index, (stage, dtype) in enumerate(modes):
+def check_bit_for_bit(modes: list[Mode], directory: Path, results: list[Any]) -> None:
+    for index, mode in enumerate(modes):
         whole, first, second = results[3 * index : 3 * index + 3]
-        assert first | second == whole, (stage, dtype)
-        states = [state_of(directory / f"{name}-{stage}-{dtype}", 6) for name in ("whole", "halves")]
+        assert first | second == whole, mode
+        states = [state_of(directory / "-".join(map(str, (name, *mode))), 6) for name in ("whole", "halves")]
         assert {key.partition("/")[0] for key in states[0]} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-        assert equal(*states), (stage, dtype)
+        assert equal(*states), mode
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +159,7 @@ def fast_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
 @pytest.fixture
 def real_run(fast_runs: tuple[Path, list[Any]]) -> Path:
     """Two checkpoints, of steps 3 and 6, of two ranks under ZeRO 2."""
-    return fast_runs[0] / "halves-2-bfloat16"
+    return fast_runs[0] / "halves-2-bfloat16-False"
 
 
 def test_a_resumed_engine_goes_on_bit_for_bit(fast_runs: tuple[Path, list[Any]]) -> None:
