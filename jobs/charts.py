@@ -57,7 +57,8 @@ def curves_of(metrics: list[dict[str, Any]]) -> list[Curve]:
         metrics: The lines of `metrics.jsonl`.
     """
     curves: list[Curve] = []
-    splits = {split: [line for line in metrics if line["split"] == split] for split in ("train", "validation")}
+    finite = [line for line in metrics if None not in line["loss_of_offset"]]  # not those of skipped steps
+    splits = {split: [line for line in finite if line["split"] == split] for split in ("train", "validation")}
     window_size = max((len(line["loss_of_offset"]) for line in metrics), default=0)
     for offset in range(window_size):
         for split, lines in splits.items():

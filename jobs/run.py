@@ -38,6 +38,10 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "train": (
         "checkpoint",
         "cluster",
+        "data.cache_dir",
+        "data.max_cache_gb",
+        "data.on_damage",
+        "data.read_ahead_batches",
         "engine.activation_checkpointing",
         "engine.micro_batch_size",
         "engine.offload_optimizer",

@@ -154,12 +154,43 @@ class TokenizeConfig(Config):
     cluster: ClusterConfig = ClusterConfig()
 
 
+class MixturePartConfig(Config):
+    """One shard set of a mixture."""
+
+    shards: str
+    """Directory or s3:// URL of a shard set (the `run_dir` of a tokenize job)."""
+    weight: PositiveFloat
+    """Its share of all samples, relative to the other parts' weights; decimals are taken exactly."""
+
+
 class LoaderConfig(Config):
     """How shards become batches."""
 
-    shards: str
-    """Directory of a shard set (the `run_dir` of a tokenize job)."""
+    shards: str | None = None
+    """Directory or s3:// URL of a shard set (the `run_dir` of a tokenize job)."""
+    mixture: tuple[MixturePartConfig, ...] = ()
+    """Several shard sets of one tokenizer instead of `shards`, each read epoch by epoch at the pace of its weight."""
     shuffle_window_shards: PositiveInt = 16
-    """Shards whose samples are shuffled together."""
+    """Shards whose samples are shuffled together; up to three times as many are kept open."""
     seed: Seed = 0
     """Seed of the order; order = f(seed, epoch)."""
+    on_damage: Literal["fail", "replace"] = "fail"
+    """What a damaged sample does: end the run, or be replaced by another one of its shard, logged and counted."""
+    cache_dir: str | None = None
+    """Local directory that shards on S3 are downloaded to, shared by all ranks of a machine; none is below TMPDIR."""
+    max_cache_gb: PositiveFloat = 20.0
+    """What `cache_dir` may hold, in 10^9 bytes, for all ranks of a machine together."""
+    read_ahead_batches: NonNegativeInt = 2
+    """Batches that a thread reads while a step runs; 0 reads each when it is needed."""
+
+    @model_validator(mode="after")
+    def _check_one_is_given(self) -> Self:
+        if (self.shards is not None) == bool(self.mixture):
+            got = "both" if self.mixture else "neither"
+            raise ValueError(f"exactly one of shards and mixture must be given, got {got}; keep one")
+        return self
+
+    @property
+    def parts(self) -> tuple[MixturePartConfig, ...]:
+        """The parts of the mixture; `shards` alone is a mixture of one."""
+        return self.mixture if self.shards is None else (MixturePartConfig(shards=self.shards, weight=1.0),)

@@ -1,88 +1,39 @@
-"""Shards -> batches of codes: which sample comes when, and the reading of it.
+"""Shards -> batches of codes for one rank, at any position of a run.
 
-Invariant: the order is a pure function of (seed, epoch), global batch n holds the same samples for every world size,
-and the loader's whole state is one integer, the samples consumed so far. Within an epoch no sample is dropped or
-repeated; a batch may straddle epochs. The shuffle is a permutation of shards and then one inside windows of
-`shuffle_window_shards` shards, so that resuming anywhere opens O(window) shards, at the price of a local shuffle.
-Small sets (<= 256 MB of codes) are remembered after their first read: about 30 us a sample then, nothing later.
+Invariant: global batch n holds the same samples for every world size, and the loader's whole state is one integer, the
+samples consumed so far: the mixture's turns, the order of each part and the choice of a replacement are functions of it
+(`pipeline.mixture`, `pipeline.order`). A batch may straddle epochs. A thread reads `read_ahead_batches` ahead, others
+open the shards of the next window, so a step waits for data only where storage is slower than training.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.config import LoaderConfig
-from pipeline.ledger import Manifest, read_manifest
-from pipeline.philox import Int64Array, Purpose, permutation, random_words
-from pipeline.shards import ShardReader, open_shard
-from pipeline.storage import ArtifactError, Storage, open_storage
-from tokenization.fingerprint import Fingerprint
+from pipeline.config import LoaderConfig, S3Config
+from pipeline.mixture import MixtureSchedule
+from pipeline.order import DrawnSamples, Place, SampleStream, draw_replacements, rank_slice
+from pipeline.philox import Int64Array
+from pipeline.read_ahead import ReadAhead
+from pipeline.sample_labels import NO_LABEL
+from pipeline.shard_cache import GB, ShardCache, default_directory
+from pipeline.shard_set import ReadSamples, ShardSet
+from pipeline.storage import S3_SCHEME, ArtifactError
 
-NO_LABEL = -1
-_MAX_CACHE_BYTES = 256 * 2**20
-_MAX_OPEN_SHARDS = 64
+__all__ = ["NO_LABEL", "Batch", "Loader", "ShardSet", "open_cache", "open_parts"]
 
+MAX_REPLACEMENTS = 64
+"""Samples that are tried in place of a damaged one before the run fails: its shard is then more hole than data."""
+CACHED_WINDOWS = 4
+"""Windows of shards that the cache must have room for: those kept open and the one being downloaded."""
 
-class EpochOrder:
-    """The order of one epoch: position in the epoch -> sample index; no I/O.
-
-    A sample index counts the samples of the set in shard order.
-    """
-
-    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, epoch: int, window_shards: int) -> None:
-        """Plan the epoch in O(shards); windows are permuted when they are first asked for."""
-        self._seed, self._epoch, self._window_shards = seed, epoch, window_shards
-        counts = np.asarray(samples_per_shard, dtype=np.int64)
-        self._shard_starts = np.concatenate(([0], np.cumsum(counts)))
-        self._shard_order = permutation(len(counts), seed=seed, purpose=Purpose.SHARD_ORDER, stream=epoch)
-        window_bounds = np.concatenate(([0], np.cumsum(counts[self._shard_order])))[::window_shards]
-        self._window_starts = window_bounds[window_bounds < self._shard_starts[-1]]
-        self._window = lru_cache(maxsize=2)(self._permute_window)
-
-    def sample_indices(self, positions: Int64Array) -> Int64Array:
-        """Return the sample index at each position of the epoch; `positions` in [0, samples of the set)."""
-        windows = np.searchsorted(self._window_starts, positions, side="right") - 1
-        result = np.empty_like(positions)
-        for window in np.unique(windows):
-            chosen = windows == window
-            result[chosen] = self._window(int(window))[positions[chosen] - self._window_starts[window]]
-        return result
-
-    def _permute_window(self, window: int) -> Int64Array:
-        shards = self._shard_order[window * self._window_shards : (window + 1) * self._window_shards]
-        indices = np.concatenate([np.arange(self._shard_starts[s], self._shard_starts[s + 1]) for s in shards])
-        first = int(self._window_starts[window])
-        order = permutation(
-            len(indices), seed=self._seed, purpose=Purpose.SAMPLE_ORDER, stream=self._epoch, first_counter=first
-        )
-        return indices[order]
-
-
-def rank_slice(*, global_batch_size: int, rank: int, world_size: int) -> slice:
-    """Return the contiguous run of a global batch that a rank reads.
-
-    Raises:
-        ValueError: the global batch does not divide by the world size.
-    """
-    if global_batch_size % world_size:
-        raise ValueError(
-            f"loader: global_batch_size must be a multiple of world_size {world_size}, got {global_batch_size}; "
-            f"use {max(1, global_batch_size // world_size) * world_size}"
-        )
-    size = global_batch_size // world_size
-    return slice(rank * size, (rank + 1) * size)
-
-
-def draw_views(sample_indices: Int64Array, *, num_views: int, seed: int, epoch: int) -> Int64Array:
-    """Return the view of each sample in this epoch, uniform in [0, num_views): a draw of (seed, epoch, sample)."""
-    words = random_words(seed=seed, purpose=Purpose.VIEW, stream=epoch, counters=sample_indices)
-    return (((words >> np.uint64(32)) * np.uint64(num_views)) >> np.uint64(32)).astype(np.int64)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,123 +44,16 @@ class Batch:
     """Codes in raster order."""
     labels_B: Int64Array
     """Class labels; `NO_LABEL` (-1) where a sample has none."""
+    parts_B: Int64Array
+    """Which shard set of the mixture each sample comes from; 0 without a mixture."""
     sample_indices_B: Int64Array
-    """Positions of the samples in the shard set."""
+    """Positions of the samples in their shard sets; of a replaced sample, that of the one in its place."""
     counters_B: Int64Array
     """Positions in the stream of all samples ever consumed: unique over a run, the counters of noise draws."""
     position: int
     """Samples consumed over all ranks before this global batch."""
-
-
-class ShardSet:
-    """A committed shard set with random access to its samples."""
-
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
-        """Use `ShardSet.open`."""
-        self._storage, self.manifest = storage, manifest
-        self.samples_per_shard = [shard.num_samples for shard in manifest.shards]
-        self._starts = np.concatenate(([0], np.cumsum(self.samples_per_shard))).astype(np.int64)
-        self._reader = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open_reader)
-        self._cache: _Cache | None = None
-
-    @classmethod
-    def open(cls, path: str | Path, *, fingerprint: Fingerprint | None = None) -> ShardSet:
-        """Return the shard set in `path`.
-
-        Args:
-            path: the `run_dir` of a finished tokenize job.
-            fingerprint: of the tokenizer that the codes must come from; none accepts any.
-
-        Raises:
-            ArtifactError: no manifest, no samples, or another tokenizer's codes.
-        """
-        storage = open_storage(str(path))
-        manifest = read_manifest(storage)
-        if manifest.num_samples == 0:
-            raise ArtifactError(f"open shard set {path}: it must hold samples, got 0; check its rejects/")
-        if fingerprint is not None and manifest.fingerprint != fingerprint:
-            raise ArtifactError(
-                f"open shard set {path}: tokenizer fingerprint must be {fingerprint.digest}, got "
-                f"{manifest.fingerprint.digest}; tokenize both sets with the same tokenizer section"
-            )
-        return cls(storage, manifest)
-
-    @property
-    def url(self) -> str:
-        """Where the set is, for messages."""
-        return self._storage.url
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the set."""
-        return int(self.manifest.num_samples)
-
-    @property
-    def num_views(self) -> int:
-        """Views of every sample."""
-        return int(self.manifest.num_views)
-
-    @property
-    def codebook_size(self) -> int:
-        """Codes of the tokenizer that wrote the set."""
-        return int(self.manifest.fingerprint.network.codebook_size)
-
-    @property
-    def codes_per_image(self) -> int:
-        """T, the codes of every view."""
-        return int(self.manifest.codes_per_image)
-
-    def read(self, sample_index: int) -> tuple[npt.NDArray[np.integer], int]:
-        """Return the codes `(V, T)` and the label of one sample; `NO_LABEL` where it has none.
-
-        Raises:
-            ArtifactError: a code is not in the codebook, or the label is not a whole number >= 0.
-        """
-        shard = int(np.searchsorted(self._starts, sample_index, side="right")) - 1
-        sample = self._reader(shard).sample(sample_index - int(self._starts[shard]))
-        where = f"read sample {sample.key} of {self._storage.url_of(f'shards/{self.manifest.shards[shard].name}')}"
-        codes_VT, label = sample.codes_VT, sample.metadata.get("label")
-        if codes_VT.shape != (self.num_views, self.codes_per_image):
-            wanted = f"({self.num_views}, {self.codes_per_image})"
-            raise ArtifactError(f"{where}: codes must be (views, T) = {wanted}, got {codes_VT.shape}; tokenize again")
-        if codes_VT.min() < 0 or codes_VT.max() >= self.codebook_size:
-            bad = codes_VT.max() if codes_VT.max() >= self.codebook_size else codes_VT.min()
-            raise ArtifactError(f"{where}: codes must be in [0, {self.codebook_size}), got {bad}; tokenize again")
-        if label is not None and (not isinstance(label, int) or label < 0):
-            raise ArtifactError(f"{where}: label must be a whole number >= 0, got {label!r}; mend the source")
-        return codes_VT, NO_LABEL if label is None else label
-
-    def read_batch(self, sample_indices: Int64Array, *, views: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Return the codes `(B, T)` of one view of each sample and the labels `(B,)`, both int64."""
-        if self._cache is None:
-            codes_VT, _ = self.read(int(sample_indices[0]))
-            fits = codes_VT.nbytes * self.num_samples <= _MAX_CACHE_BYTES
-            self._cache = _Cache(self.num_samples if fits else 0, like=codes_VT)
-        return self._cache.read_batch(self, sample_indices, views=views)
-
-    def _open_reader(self, shard: int) -> ShardReader:
-        return open_shard(self._storage, f"shards/{self.manifest.shards[shard].name}")
-
-
-class _Cache:
-    """Samples read so far; with room for none it only gathers a batch."""
-
-    def __init__(self, num_samples: int, *, like: npt.NDArray[np.integer]) -> None:
-        self._codes_NVT = np.empty((num_samples, *like.shape), dtype=like.dtype)
-        self._labels_N = np.empty(num_samples, dtype=np.int64)
-        self._is_read_N = np.zeros(num_samples, dtype=bool)
-
-    def read_batch(
-        self, shard_set: ShardSet, sample_indices: Int64Array, *, views: Int64Array
-    ) -> tuple[Int64Array, Int64Array]:
-        if not len(self._is_read_N):
-            samples = [shard_set.read(int(index)) for index in sample_indices]
-            codes = np.stack([codes_VT[view] for (codes_VT, _), view in zip(samples, views, strict=True)])
-            return codes.astype(np.int64), np.array([label for _, label in samples], dtype=np.int64)
-        for index in np.unique(sample_indices[~self._is_read_N[sample_indices]]):
-            self._codes_NVT[index], self._labels_N[index] = shard_set.read(int(index))
-            self._is_read_N[index] = True
-        return self._codes_NVT[sample_indices, views].astype(np.int64), self._labels_N[sample_indices]
+    num_replaced: int
+    """Damaged samples that others stand for."""
 
 
 class Loader:
@@ -217,7 +61,7 @@ class Loader:
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        shard_sets: Sequence[ShardSet],
         *,
         config: LoaderConfig,
         global_batch_size: int,
@@ -228,49 +72,191 @@ class Loader:
         """Check the batch shape; nothing is read yet.
 
         Args:
-            shard_set: where samples come from.
+            shard_sets: the parts of `config`, in order, as `open_parts` returns them.
             config: order.
             global_batch_size: samples per step over all ranks.
             rank: in [0, world_size).
             world_size: ranks that share a global batch.
             num_classes: labels must be below it; none checks nothing.
         """
-        self._shard_set, self._config, self._num_classes = shard_set, config, num_classes
+        if len(shard_sets) != len(config.parts):
+            raise ValueError(f"loader: there must be a shard set for each part of the mixture, got {len(shard_sets)}")
+        self._config, self._num_classes, self._rank = config, num_classes, rank
         self._slice = rank_slice(global_batch_size=global_batch_size, rank=rank, world_size=world_size)
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._schedule = MixtureSchedule([part.weight for part in config.parts])
+        self._parts = [
+            _Part(shard_set, config=config, number=number, rank=rank) for number, shard_set in enumerate(shard_sets)
+        ]
+        self.num_replaced = 0
+        """Damaged samples of this rank that others stood for, in all batches returned so far."""
+        self._ahead: ReadAhead[Batch] | None = None
+        if config.read_ahead_batches:
+            self._ahead = ReadAhead(self._read, step=global_batch_size, depth=config.read_ahead_batches)
 
     def batch(self, position: int) -> Batch:
         """Return this rank's part of the global batch that begins after `position` samples.
 
         Raises:
-            ArtifactError: a sample is damaged, or its label is not below `num_classes`.
+            ArtifactError: a sample is damaged and may not be replaced, or its label is not below `num_classes`.
         """
-        counters = np.arange(position + self._slice.start, position + self._slice.stop, dtype=np.int64)
-        epochs, positions = np.divmod(counters, self._shard_set.num_samples)
-        indices, views = np.empty_like(counters), np.empty_like(counters)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indices[chosen] = self._order(int(epoch)).sample_indices(positions[chosen])
-            views[chosen] = draw_views(
-                indices[chosen], num_views=self._shard_set.num_views, seed=self._config.seed, epoch=int(epoch)
-            )
-        codes_BT, labels_B = self._shard_set.read_batch(indices, views=views)
-        self._check_labels(labels_B)
+        batch = self._read(position) if self._ahead is None else self._ahead.take(position)
+        self.num_replaced += batch.num_replaced
+        return batch
+
+    def sample_names(self, batch: Batch) -> list[str]:
+        """Return what a person finds each sample of a batch by: the URL of its shard and its key."""
+        places = zip(batch.parts_B.tolist(), batch.sample_indices_B.tolist(), strict=True)
+        return [self._parts[part].shard_set.sample_name(index) for part, index in places]
+
+    def close(self) -> None:
+        """End all threads and close the shards; only `sample_names` may be called then."""
+        if self._ahead is not None:
+            self._ahead.close()
+        for part in self._parts:
+            part.shard_set.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, position: int) -> Batch:
+        size = self._slice.stop - self._slice.start
+        turns = self._schedule.turns(position + self._slice.start, size)
+        codes_BT = np.empty((size, self._parts[0].shard_set.codes_per_image), dtype=np.int64)
+        labels_B, indices_B = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        num_replaced = 0
+        for number, part in enumerate(self._parts):
+            own = np.flatnonzero(turns.parts_N == number)
+            if len(own):
+                samples, indices_B[own] = part.read(turns.positions_N[own])
+                codes_BT[own], labels_B[own] = samples.codes_BT, samples.labels_B
+                num_replaced += len(samples.damages)
+                self._check_labels(samples.labels_B, indices_B[own], shard_set=part.shard_set)
         return Batch(
-            codes_BT=codes_BT, labels_B=labels_B, sample_indices_B=indices, counters_B=counters, position=position
+            codes_BT=codes_BT,
+            labels_B=labels_B,
+            parts_B=turns.parts_N,
+            sample_indices_B=indices_B,
+            counters_B=np.arange(position + self._slice.start, position + self._slice.stop, dtype=np.int64),
+            position=position,
+            num_replaced=num_replaced,
         )
 
-    def _order_of_epoch(self, epoch: int) -> EpochOrder:
-        return EpochOrder(
-            self._shard_set.samples_per_shard,
-            seed=self._config.seed,
-            epoch=epoch,
-            window_shards=self._config.shuffle_window_shards,
-        )
-
-    def _check_labels(self, labels_B: Int64Array) -> None:
+    def _check_labels(self, labels_B: Int64Array, indices_B: Int64Array, *, shard_set: ShardSet) -> None:
         if self._num_classes is not None and labels_B.max() >= self._num_classes:
+            name = shard_set.sample_name(int(indices_B[labels_B.argmax()]))
             raise ArtifactError(
-                f"read shard set {self._shard_set.url}: labels must be below model.num_classes = {self._num_classes}, "
+                f"read sample {name}: labels must be below model.num_classes = {self._num_classes}, "
                 f"got {labels_B.max()}; raise model.num_classes"
             )
+
+
+class _Part:
+    """One shard set of a loader, in its order."""
+
+    def __init__(self, shard_set: ShardSet, *, config: LoaderConfig, number: int, rank: int) -> None:
+        self.shard_set = shard_set
+        self._config, self._number, self._rank = config, number, rank
+        self._stream = SampleStream(
+            shard_set.samples_per_shard,
+            num_views=shard_set.num_views,
+            seed=config.seed,
+            window_shards=config.shuffle_window_shards,
+            part=number,
+        )
+        self._expected: Place | None = None
+
+    def read(self, positions: Int64Array) -> tuple[ReadSamples, Int64Array]:
+        """Return the samples at positions of the part's stream, damaged ones replaced, and their sample indices."""
+        self._expect_shards(int(positions[0]))
+        drawn = self._stream.draw(positions)
+        samples = self.shard_set.try_read_batch(drawn.indices_N, views=drawn.views_N)
+        indices = drawn.indices_N.copy()
+        for place, error in sorted(samples.damages.items()):
+            if self._config.on_damage == "fail":
+                raise error
+            indices[place] = self._replace(samples, drawn, place, error)
+        return samples, indices
+
+    def _replace(self, samples: ReadSamples, drawn: DrawnSamples, place: int, error: ArtifactError) -> int:
+        """Put another sample of the same shard, which is open, in a damaged one's place; return its index."""
+        damaged, view = int(drawn.indices_N[place]), drawn.views_N[place : place + 1]
+        candidates = self.shard_set.samples_of_shard_with(damaged)
+        tried = draw_replacements(
+            damaged,
+            num_candidates=len(candidates),
+            count=MAX_REPLACEMENTS,
+            seed=self._config.seed,
+            epoch=int(drawn.epochs_N[place]),
+            part=self._number,
+        )
+        for candidate in tried.tolist():
+            index = candidates[candidate]
+            found = self.shard_set.try_read_batch(np.array([index], dtype=np.int64), views=view)
+            if not found.damages:
+                samples.codes_BT[place], samples.labels_B[place] = found.codes_BT[0], found.labels_B[0]
+                logger.warning("replaced a damaged sample by %s: %s", self.shard_set.sample_name(index), error)
+                return index
+        raise error
+
+    def _expect_shards(self, position: int) -> None:
+        """Have the shards of the window at a position of the stream, and of the one after it, opened in time."""
+        place = self._stream.place(position)
+        if place != self._expected:
+            self._expected = place
+            shards = self._stream.shards_from(place)
+            # Each rank of a machine begins with others, so that they download different shards into their cache.
+            self.shard_set.expect(np.roll(shards, -4 * self._rank).tolist())
+
+
+def open_parts(config: LoaderConfig, *, s3: S3Config, cache: ShardCache | None = None) -> tuple[ShardSet, ...]:
+    """Return the shard sets of a loader in the order of the mixture.
+
+    Args:
+        config: of the loader.
+        s3: how S3 is reached.
+        cache: for shards on S3; see `open_cache`.
+
+    Raises:
+        ArtifactError: a set cannot be used, two are of different tokenizers, or the cache is too small for a window.
+    """
+    sets = tuple(
+        ShardSet.open(part.shards, s3=s3, cache=cache, window_shards=config.shuffle_window_shards)
+        for part in config.parts
+    )
+    for other in sets[1:]:
+        if other.fingerprint != sets[0].fingerprint:
+            raise ArtifactError(
+                f"open mixture of {sets[0].url} and {other.url}: all codes must come from one tokenizer, got "
+                f"{sets[0].fingerprint.digest} and {other.fingerprint.digest}; tokenize both with the same tokenizer "
+                f"section"
+            )
+    if cache is not None:
+        _check_room(sets, config=config, cache=cache)
+    return sets
+
+
+def open_cache(config: LoaderConfig, *, urls: Sequence[str]) -> ShardCache | None:
+    """Return the cache for the shard sets at `urls`; None where all of them are local."""
+    if not any(url.startswith(S3_SCHEME) for url in urls):
+        return None
+    directory = default_directory() if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    return ShardCache(directory, max_bytes=int(config.max_cache_gb * GB))
+
+
+def _check_room(sets: Sequence[ShardSet], *, config: LoaderConfig, cache: ShardCache) -> None:
+    needed = 0
+    for shard_set in sets:
+        if shard_set.url.startswith(S3_SCHEME):
+            sizes = sorted((shard.bytes for shard in shard_set.manifest.shards), reverse=True)
+            needed += sum(sizes[: CACHED_WINDOWS * config.shuffle_window_shards])
+    if needed > cache.max_bytes:
+        raise ArtifactError(
+            f"open shard cache {cache.directory}: data.max_cache_gb must be at least {needed / GB:.3g}, the largest "
+            f"{CACHED_WINDOWS} windows of {config.shuffle_window_shards} shards, got {cache.max_bytes / GB:.3g}; "
+            f"raise it or lower data.shuffle_window_shards"
+        )

@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     VIEW = 0x12
     OWN_DRAFT_STEPS = 0x13
     DROPOUT = 0x14
+    REPLACEMENT = 0x15
 
 
 def philox4x32(counters: npt.NDArray[np.integer], *, key: tuple[int, int]) -> UInt32Array:

@@ -210,6 +210,7 @@ class ShardReader:
             or len(self._offsets) < 2
             or self._offsets[0] != 0
             or (np.diff(self._offsets) <= 0).any()
+            or (self._offsets % TAR_BLOCK_BYTES).any()
             or self._offsets[-1] > len(self._data)
         ):
             raise ArtifactError(f"open shard {where}: its index must fit a tar of {len(self._data)} bytes; {_REDO}")
@@ -218,6 +219,18 @@ class ShardReader:
     def num_samples(self) -> int:
         """Samples in the shard."""
         return len(self._offsets) - 1
+
+    @property
+    def byte_offsets(self) -> npt.NDArray[np.int64]:
+        """Where each sample starts and, last, where the last one ends: `(num_samples + 1,)`, multiples of 512."""
+        return self._offsets
+
+    @property
+    def blocks(self) -> npt.NDArray[np.uint8]:
+        """The tar as blocks, uint8 `(N, 512)`; a view of the data."""
+        num_blocks = len(self._data) // TAR_BLOCK_BYTES
+        whole = np.frombuffer(self._data, dtype=np.uint8, count=num_blocks * TAR_BLOCK_BYTES)
+        return whole.reshape(num_blocks, TAR_BLOCK_BYTES)
 
     def sample(self, position: int) -> ShardSample:
         """Return the sample at a position, in [0, num_samples); about 12 us.

@@ -64,25 +64,7 @@ def write_shard_set(
             written = writer.close()
         path.with_name(f"{path.name}.idx").write_bytes(written.index)
         shards.append(written.info(path.name))
-    total = sum(samples_per_shard)
-    counts = Counts(
-        num_read=total, num_written=total, num_dropped=0, num_rejected=0, dropped_by_reason={}, rejected_by_reason={}
-    )
-    manifest = Manifest(
-        fingerprint=fingerprint,
-        tokenizer=TokenizerConfig(weights="synthetic"),
-        views=ViewsConfig(),
-        rules=RulesConfig(),
-        num_samples=total,
-        num_views=num_views,
-        codes_per_image=num_codes,
-        class_names=None,
-        shards=shards,
-        poison_units=[],
-        totals=counts,
-    )
-    write_manifest(open_storage(str(run_dir)), manifest)
-    return run_dir
+    return write_manifest_of(run_dir, shards, num_views=num_views, fingerprint=fingerprint)
 
 
 def train_config(run_dir: Path, *, shards: Path, **changes: Any) -> TrainConfig:
@@ -115,3 +97,35 @@ def train_config(run_dir: Path, *, shards: Path, **changes: Any) -> TrainConfig:
             section = section.setdefault(parent, {})
         section[field] = value
     return TrainConfig.model_validate(spec)
+
+
+def write_manifest_of(
+    run_dir: Path,
+    shards: list[ShardInfo],
+    *,
+    num_views: int,
+    fingerprint: Fingerprint | None = None,
+    codebook_size: int = CODEBOOK_SIZE,
+    codes_per_side: int = CODES_PER_SIDE,
+) -> Path:
+    """Write the manifest of shards that stand in `run_dir`; the last two are for a fingerprint that is not given."""
+    fingerprint = fingerprint or fingerprint_of(codebook_size=codebook_size, codes_per_side=codes_per_side)
+    total = sum(shard.num_samples for shard in shards)
+    counts = Counts(
+        num_read=total, num_written=total, num_dropped=0, num_rejected=0, dropped_by_reason={}, rejected_by_reason={}
+    )
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        tokenizer=TokenizerConfig(weights="synthetic"),
+        views=ViewsConfig(),
+        rules=RulesConfig(),
+        num_samples=total,
+        num_views=num_views,
+        codes_per_image=(fingerprint.image_size_px // fingerprint.network.patch_px) ** 2,
+        class_names=None,
+        shards=shards,
+        poison_units=[],
+        totals=counts,
+    )
+    write_manifest(open_storage(str(run_dir)), manifest)
+    return run_dir

@@ -1,7 +1,7 @@
 """Live progress of a run for the people at its launcher, read from its metrics.jsonl while the ranks write it.
 
 A bar on a terminal, one log line per metrics line elsewhere. It only reads, so it cannot disturb a run; it polls a few
-times a second, and sees what any shared file system shows.
+times a second, and sees what any shared file system shows. Of a run on S3 it sees what a rank 0 on this machine writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from training.config import TrainConfig
-from training.metrics import METRICS, describe_line
+from training.metrics import METRICS, describe_line, describe_number
+from training.run_dir import local_run_dir
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _POLL_S = 0.3
 
 def follow_metrics(config: TrainConfig, *, until: threading.Event) -> None:
     """Show what is written to the run's metrics.jsonl, until the event is set."""
-    tail = _Tail(Path(config.run_dir) / METRICS)
+    tail = _Tail(local_run_dir(config.run_dir) / METRICS)
     console = Console(stderr=True)
     if console.is_terminal:
         _show_bar(tail, config, until, console)
@@ -76,11 +77,18 @@ def _show_bar(tail: _Tail, config: TrainConfig, until: threading.Event, console:
         while not is_over:
             is_over = until.wait(_POLL_S)
             for line in tail.read():
-                losses = f"loss {line['loss']:.3f}  first code {line['loss_of_offset'][0]:.3f}"
+                first = describe_number(line["loss_of_offset"][0], ".3f")
+                losses = f"loss {describe_number(line['loss'], '.3f')}  first code {first}"
                 if line["split"] == "train":
-                    text = f"{losses}  {line['samples_per_s']:.0f} samples/s"
-                    bar.update(task, completed=line["step"], description=text)
+                    bar.update(task, completed=line["step"], description=f"{losses}  {_speed(line)}")
                 else:
-                    bar.console.print(
-                        f"step {line['step']}: held out {losses}  own drafts {line['own_draft_loss_0']:.3f}"
-                    )
+                    drafts = describe_number(line["own_draft_loss_0"], ".3f")
+                    bar.console.print(f"step {line['step']}: held out {losses}  own drafts {drafts}")
+
+
+def _speed(line: dict[str, Any]) -> str:
+    skipped = line.get("num_skipped_steps")
+    parts = [f"{line['samples_per_s']:.0f} samples/s"]
+    parts += [f"mfu {100 * line['mfu']:.0f}%"] if line.get("mfu") is not None else []
+    parts += [f"{skipped} skipped"] if skipped else []
+    return "  ".join(parts)

@@ -2,7 +2,8 @@
 
 Invariant: losses are a pure function of (shards, spec, world size): every draw is counter-based and the loader's
 position is one integer, so a run that is killed anywhere and started again goes on bit for bit. A finished run started
-again returns at once. SIGTERM (where the main thread runs this) ends the run after a checkpoint.
+again returns at once. SIGTERM (where the main thread runs this), or whatever `should_stop` listens to, ends the run
+after a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,27 +13,31 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from pipeline.loader import Batch, Loader, ShardSet
-from pipeline.storage import ArtifactError
+from pipeline.loader import Batch, Loader
+from pipeline.shard_set import ShardSet
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name
 from training.config import TrainConfig
-from training.engine import Engine, build_engine, grad_norm, learning_rate_of_step, set_learning_rate
-from training.inputs import dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
-from training.loss import window_loss
+from training.data import open_shards
+from training.engine import Engine, build_engine
 from training.metrics import rank_log
-from training.progress import Progress, StepMeasures
+from training.progress import Progress, StepMeasures, StepTimes
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
+from training.run_files import RunFiles
 from training.saver import CheckpointWriter
+from training.skipped import SkippedSteps
+from training.step import StepOutcome, Stepper
 from training.tensorar import build_model
 from training.validation import Validation
+from training.wandb_board import WandbBoard, check_wandb
+from training.watchdog import Watchdog
 from training.weights import warm_start
 
 logger = logging.getLogger(__name__)
@@ -45,59 +50,46 @@ class TrainResult:
     step: int
     """Steps that the run has taken in all."""
     is_finished: bool
-    """Whether it has taken `num_steps`; False after SIGTERM."""
+    """Whether it has taken `num_steps`; False after a request to stop."""
     checkpoint: str
     """Path or URL of the newest checkpoint."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None) -> TrainResult:
     """Train, or go on training, until `num_steps`; called by every rank.
 
     Args:
         config: of the run; `config.cluster` is not looked at.
+        should_stop: asked once per step on every rank; where one says yes, as after SIGTERM, all save and return.
 
     Returns:
         The same on every rank.
 
     Raises:
         ArtifactError: the shards or the checkpoints do not allow the run; the message says what to do.
-        ValueError: the environment or the spec does not fit the world size.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: the environment or the spec does not fit the world size, or a package is missing.
+        FloatingPointError: more than `max_skipped_steps` steps were not finite.
     """
-    ranks = join_ranks()
-    with rank_log(Path(config.run_dir), rank=ranks.rank), _stop_on_sigterm() as stop:
-        shard_set, held_out = open_shards(config)
-        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_set.manifest.fingerprint)
+    check_wandb(config)
+    ranks = join_ranks(step_timeout_s=config.engine.step_timeout_s)
+    with (
+        closing(RunFiles(config, rank=ranks.rank)) as files,
+        rank_log(files.directory, rank=ranks.rank),
+        _stop_on_sigterm(should_stop) as is_told_to_stop,
+    ):
+        shard_sets, held_out = open_shards(config)
+        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
-            path = f"{config.run_dir}/{checkpoint_name(record.step)}"
-            result = TrainResult(step=record.step, is_finished=True, checkpoint=path)
+            result = _result(config, record.step)
         else:
             engine = _prepare_engine(config, ranks=ranks, record=record)
-            run = _Run(config, engine=engine, ranks=ranks, shard_set=shard_set, held_out=held_out, record=record)
-            result = run.train(stop)
+            with closing(_watchdog(config, ranks=ranks, files=files)) as watchdog:
+                stepper = Stepper(config, engine=engine, ranks=ranks, watchdog=watchdog)
+                run = _Run(config, stepper, shard_sets=shard_sets, held_out=held_out, files=files, record=record)
+                result = run.train(is_told_to_stop)
         leave_ranks(ranks)
     return result
-
-
-def open_shards(config: TrainConfig) -> tuple[ShardSet, ShardSet | None]:
-    """Return the training and the held-out shard set, checked against each other and against the model.
-
-    Raises:
-        ArtifactError: a set is missing or empty, or was not made for this model.
-    """
-    shard_set = ShardSet.open(config.data.shards)
-    side = math.isqrt(shard_set.codes_per_image)
-    for field, of_shards in (("codebook_size", shard_set.codebook_size), ("codes_per_side", side)):
-        of_model = getattr(config.model, field)
-        if of_model != of_shards:
-            raise ArtifactError(
-                f"train on {config.data.shards}: model.{field} must be that of the codes = {of_shards}, "
-                f"got {of_model}; set model.{field}: {of_shards}"
-            )
-    if config.validation is None:
-        return shard_set, None
-    return shard_set, ShardSet.open(config.validation.shards, fingerprint=shard_set.manifest.fingerprint)
 
 
 def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointRecord | None) -> Engine:
@@ -105,22 +97,37 @@ def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointReco
     model = build_model(config.model)
     if record is None and config.warm_start is not None:
         logger.info("warm start from %s", config.warm_start)
-        warm_start(model, config.warm_start)
+        warm_start(model, config.warm_start, s3=config.s3)
     engine = build_engine(model, config=config, ranks=ranks)
     if record is not None:
         resume_engine(engine, config=config, record=record)
     return engine
 
 
+def _watchdog(config: TrainConfig, *, ranks: Ranks, files: RunFiles) -> Watchdog:
+    timeout_s = config.engine.step_timeout_s
+    return Watchdog(ranks, timeout_s=timeout_s, log=files.log, last_words=files.publish_log)
+
+
+def _result(config: TrainConfig, step: int) -> TrainResult:
+    path = f"{config.run_dir}/{checkpoint_name(step)}"
+    return TrainResult(step=step, is_finished=step >= config.num_steps, checkpoint=path)
+
+
 @contextmanager
-def _stop_on_sigterm() -> Iterator[threading.Event]:
-    stop = threading.Event()
+def _stop_on_sigterm(should_stop: Callable[[], bool] | None) -> Iterator[Callable[[], bool]]:
+    """Yield what tells whether SIGTERM has come or `should_stop` says so."""
+    has_come = threading.Event()
+
+    def is_told_to_stop() -> bool:
+        return has_come.is_set() or (should_stop is not None and should_stop())
+
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # under Ray Train, whose workers are stopped by Ray
+        yield is_told_to_stop  # under Ray Train, whose launcher listens for the ranks
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: has_come.set())
     try:
-        yield stop
+        yield is_told_to_stop
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -131,18 +138,19 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
+        stepper: Stepper,
         *,
-        engine: Engine,
-        ranks: Ranks,
-        shard_set: ShardSet,
+        shard_sets: Sequence[ShardSet],
         held_out: ShardSet | None,
+        files: RunFiles,
         record: CheckpointRecord | None,
     ) -> None:
-        self._config, self._engine, self._ranks = config, engine, ranks
-        self._fingerprint = shard_set.manifest.fingerprint
-        self._num_micro_steps = config.engine.grad_accumulation(ranks.world_size)
+        self._config, self._stepper, self._files = config, stepper, files
+        ranks = stepper.ranks
+        state = RunState(step=0, samples_consumed=0) if record is None else record.state
+        self._step, self._samples_consumed = state.step, state.samples_consumed
         self._loader = Loader(
-            shard_set,
+            shard_sets,
             config=config.data,
             global_batch_size=config.engine.global_batch_size,
             rank=ranks.rank,
@@ -150,85 +158,94 @@ class _Run:
             num_classes=config.model.num_classes,
         )
         self._validation = None if held_out is None else Validation(held_out, config=config, ranks=ranks)
-        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=self._fingerprint)
-        self._step = 0 if record is None else record.step
-        self._samples_consumed = 0 if record is None else record.samples_consumed
-        self._progress = Progress(config, step=self._step) if ranks.is_first else None
+        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
+        if ranks.is_first:
+            files.bring_records(step=state.step)
+        self._skipped = SkippedSteps(
+            config, ranks=ranks, directory=files.directory, step=state.step, count=state.num_skipped_steps
+        )
+        self._progress = _progress(config, ranks=ranks, files=files, step=state.step) if ranks.is_first else None
 
-    def train(self, stop: threading.Event) -> TrainResult:
-        """Return how the run ended: at `num_steps`, or after the checkpoint that `stop` asked for."""
-        config, progress = self._config, self._progress
+    def train(self, is_told_to_stop: Callable[[], bool]) -> TrainResult:
+        """Return how the run ended: at `num_steps`, or after the checkpoint that a request to stop led to."""
+        config = self._config
         is_last = is_stopped = False
-        while not (is_last or is_stopped):
-            measures, is_stopped = self._take_step(stop)
-            is_last = self._step == config.num_steps
-            if progress is not None:
-                progress.after_step(self._step, measures)
-            if self._validation is not None and (is_last or self._step % self._validation.every_n_steps == 0):
-                result = self._validation.measure(self._engine)
-                if progress is not None:
-                    progress.after_validation(self._step, result)
-            if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:
-                path = self._save()
+        try:
+            while not (is_last or is_stopped):
+                is_stopped = self._take_step(is_told_to_stop)
+                is_last = self._step == config.num_steps
+                self._validate(is_due=is_last)
+                if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:
+                    self._save()
+        except FloatingPointError:
+            self._writer.close()  # every rank is here, so that the save under way can end
+            raise
+        finally:
+            self._close()
+        self._stepper.watchdog.enter("commit", step=self._step)
         self._writer.close()
-        if progress is not None:
-            progress.close()
-        return TrainResult(step=self._step, is_finished=is_last, checkpoint=path)
+        return _result(config, self._step)
 
-    def _take_step(self, stop: threading.Event) -> tuple[StepMeasures, bool]:
-        """Return what the next step measured, and whether any rank was told to stop."""
-        config, began = self._config, time.perf_counter()
+    def _take_step(self, is_told_to_stop: Callable[[], bool]) -> bool:
+        """Take the next step and return whether any rank was told to stop."""
+        began = time.perf_counter()
         self._step += 1
+        self._stepper.watchdog.enter("data", step=self._step)
         batch = self._loader.batch(self._samples_consumed)
         data_wait_s = time.perf_counter() - began
-        rate = learning_rate_of_step(config.optimizer, self._step, num_steps=config.num_steps)
-        set_learning_rate(self._engine, rate)
-        sums = sum(self._take_micro_step(batch, micro_step) for micro_step in range(self._num_micro_steps))
-        assert isinstance(sums, torch.Tensor)
-        self._samples_consumed += config.engine.global_batch_size
-        told = torch.tensor([float(stop.is_set())], dtype=sums.dtype, device=sums.device)
-        *values, stops = self._ranks.sum(torch.cat([sums, told])).tolist()
-        means = [value / (self._num_micro_steps * self._ranks.world_size) for value in values]
-        if not math.isfinite(means[0]):
-            raise FloatingPointError(
-                f"train step {self._step}: loss must be finite, got {means[0]}; lower optimizer.learning_rate or "
-                f"raise optimizer.warmup_steps, then run again (it resumes before this step)"
+        outcome = self._stepper.take(batch, step=self._step, data_wait_s=data_wait_s, is_told_to_stop=is_told_to_stop())
+        self._samples_consumed += self._config.engine.global_batch_size
+        if outcome.is_skipped:
+            self._skip(batch, outcome)
+        if self._progress is not None:
+            measures = StepMeasures(
+                loss=outcome.loss,
+                loss_of_offset=outcome.loss_of_offset,
+                accuracy_of_offset=outcome.accuracy_of_offset,
+                grad_norm=outcome.grad_norm,
+                num_skipped_steps=self._skipped.count,
             )
-        window_size = config.model.window_size
-        measures = StepMeasures(
-            loss=means[0],
-            loss_of_offset=means[1 : 1 + window_size],
-            accuracy_of_offset=means[1 + window_size :],
-            grad_norm=grad_norm(self._engine),
-            step_s=time.perf_counter() - began,
-            data_wait_s=data_wait_s,
-        )
-        return measures, stops > 0
+            times = StepTimes(step_s=time.perf_counter() - began, data_wait_s=outcome.data_wait_s)
+            self._progress.after_step(self._step, measures, times)
+        return outcome.is_stopped
 
-    def _take_micro_step(self, batch: Batch, micro_step: int) -> torch.Tensor:
-        """Return loss, losses and accuracies of the offsets of one forward and backward, float64."""
-        config, step = self._config, self._step
-        size = len(batch.labels_B) // self._num_micro_steps
-        part = slice(micro_step * size, (micro_step + 1) * size)
-        inputs = make_inputs(
-            batch.codes_BT[part],
-            batch.labels_B[part],
-            batch.counters_B[part],
-            config=config,
-            step=step,
-            label_dropout=config.model.label_dropout,
-            device=self._ranks.device,
-        )
-        if uses_own_drafts(config, step=step):
-            inputs = with_own_drafts(inputs, self._engine.module, config=config, step=step)
-        torch.manual_seed(dropout_seed(config, step=step, micro_step=micro_step, rank=self._ranks.rank))
-        logits_BTKV = self._engine(inputs.windows_BTK, inputs.labels_B)
-        result = window_loss(logits_BTKV, inputs.codes_BT, offset_weights=config.noise.offset_weights)
-        self._engine.backward(result.loss)
-        self._engine.step()
-        parts = [result.loss.detach()[None], result.loss_of_offset_K, result.accuracy_of_offset_K]
-        return torch.cat(parts).double()
+    def _skip(self, batch: Batch, outcome: StepOutcome) -> None:
+        def sample_names() -> list[str]:
+            names = self._loader.sample_names(batch)
+            # Where the loss is finite and only the norm is not, any sample may be the cause.
+            return names if math.isfinite(outcome.loss) else [names[index] for index in outcome.suspects_B]
 
-    def _save(self) -> str:
-        self._writer.save(self._engine, RunState(step=self._step, samples_consumed=self._samples_consumed))
-        return f"{self._config.run_dir}/{checkpoint_name(self._step)}"
+        self._skipped.add(self._step, loss=outcome.loss, grad_norm=outcome.grad_norm, sample_names=sample_names)
+
+    def _validate(self, *, is_due: bool) -> None:
+        """Measure the raw weights, on the last step and every few; an average (`ema_decay`) is not measured."""
+        validation = self._validation
+        if validation is None or not (is_due or self._step % validation.every_n_steps == 0):
+            return
+        on_batch = partial(self._stepper.watchdog.enter, "validation", step=self._step)
+        result = validation.measure(self._stepper.engine, on_batch=on_batch)
+        if self._progress is not None:
+            self._progress.after_validation(self._step, result)
+
+    def _save(self) -> None:
+        """Save a checkpoint; the metrics up to it are in the run's storage before it is."""
+        self._stepper.watchdog.enter("save", step=self._step)
+        self._files.publish_records()
+        state = RunState(
+            step=self._step, samples_consumed=self._samples_consumed, num_skipped_steps=self._skipped.count
+        )
+        stall_s = self._writer.save(self._stepper.engine, state)
+        if self._progress is not None:
+            self._progress.after_save(stall_s)
+        self._files.publish()
+
+    def _close(self) -> None:
+        self._loader.close()
+        if self._progress is not None:
+            self._progress.close()
+        self._skipped.close()
+
+
+def _progress(config: TrainConfig, *, ranks: Ranks, files: RunFiles, step: int) -> Progress:
+    boards = [] if config.wandb_project is None else [WandbBoard(config, directory=files.directory)]
+    return Progress(config, ranks=ranks, directory=files.directory, step=step, boards=boards)

@@ -1,20 +1,27 @@
 """What people see of a run while it goes on, and the lines of metrics.jsonl that say the same; rank 0 only.
 
 Invariant: the measured values of a line are those of its own step, so that the line is the same whether or not the run
-was killed before it; times are means over the steps since the last line. Validation and saving are not in step times.
+was killed before it; times and rates are means over the steps since the last line. Validation and saving are not in
+step times; the stall of saving has a field of its own.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training.config import TrainConfig
 from training.engine import learning_rate_of_step
-from training.metrics import MetricsLog, describe_line
+from training.flops import model_flops_per_sample
+from training.hardware import measured_peak_flops, peak_memory_bytes
+from training.metrics import Board, MetricsLog, describe_line
+from training.ranks import Ranks
 from training.validation import ValidationResult
 
 logger = logging.getLogger(__name__)
@@ -27,44 +34,106 @@ class StepMeasures:
     loss: float
     loss_of_offset: list[float]
     accuracy_of_offset: list[float]
-    grad_norm: float | None
-    """Before clipping; none where the engine does not compute it."""
+    grad_norm: float
+    """Before clipping."""
+    num_skipped_steps: int
+    """Steps of the run so far that were skipped, this one included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Where the wall time of one step went."""
+
     step_s: float
-    """Wall time of the step, reading included."""
+    """All of it, reading included."""
     data_wait_s: float
-    """Of it, rank 0's wait for its batch."""
+    """Of it, waiting for a batch; the mean over the ranks."""
+
+
+class Speed:
+    """What a run's step times mean: rates, and the share of the devices' peak (MFU)."""
+
+    def __init__(self, config: TrainConfig, *, ranks: Ranks) -> None:
+        """Measure the peak where `engine.peak_tflops` does not give it (under a second)."""
+        engine = config.engine
+        accumulation = engine.grad_accumulation(ranks.world_size)
+        micro_batch_size = engine.global_batch_size // (ranks.world_size * accumulation)
+        self._batch_size, self._num_positions = engine.global_batch_size, config.model.num_positions
+        self._flops_per_sample = model_flops_per_sample(config.model, micro_batch_size=micro_batch_size)
+        if engine.peak_tflops is None:
+            peak = measured_peak_flops(ranks.device, dtype=getattr(torch, engine.dtype))
+        else:
+            peak = engine.peak_tflops * 1e12
+        self._peak_flops_per_s = peak * ranks.world_size
+        logger.info(
+            "speed: model_gflops_per_sample=%.4g peak_tflops=%.4g (of one device, %s) devices=%d",
+            self._flops_per_sample / 1e9,
+            peak / 1e12,
+            f"measured in {engine.dtype}" if engine.peak_tflops is None else "given",
+            ranks.world_size,
+        )
+
+    def rates(self, times: Sequence[StepTimes]) -> dict[str, float]:
+        """Return what a line says of the steps since the last one; tokens are predicted codes, T per sample."""
+        step_s = sum(entry.step_s for entry in times) / len(times)
+        data_wait_s = sum(entry.data_wait_s for entry in times) / len(times)
+        samples_per_s = self._batch_size / step_s
+        flops_per_s = self._flops_per_sample * samples_per_s
+        return {
+            "step_s": step_s,
+            "samples_per_s": samples_per_s,
+            "tokens_per_s": samples_per_s * self._num_positions,
+            "model_flops_per_s": flops_per_s,
+            "mfu": flops_per_s / self._peak_flops_per_s,
+            "data_wait_s": data_wait_s,
+            "data_wait_share": data_wait_s / step_s,
+        }
 
 
 class Progress:
     """Writes the metrics of a run and logs a line for each."""
 
-    def __init__(self, config: TrainConfig, *, step: int) -> None:
-        """Go on after `step` steps; 0 for a new run."""
-        self._config = config
-        self._log = MetricsLog(Path(config.run_dir), step=step)
-        self._began = time.perf_counter() - self._log.elapsed_s
-        self._num_steps, self._step_s, self._data_wait_s = 0, 0.0, 0.0
+    def __init__(
+        self, config: TrainConfig, *, ranks: Ranks, directory: Path, step: int, boards: Sequence[Board] = ()
+    ) -> None:
+        """Go on after `step` steps.
 
-    def after_step(self, step: int, measures: StepMeasures) -> None:
+        Args:
+            config: of the run.
+            ranks: of the run.
+            directory: that metrics are written in.
+            step: steps taken; 0 for a new run.
+            boards: shown the metrics too.
+        """
+        self._config, self._device = config, ranks.device
+        self._speed = Speed(config, ranks=ranks)
+        self._log = MetricsLog(directory, step=step, boards=boards)
+        self._began = time.perf_counter() - self._log.elapsed_s
+        self._times: list[StepTimes] = []
+        self._save_stall_s = 0.0
+
+    def after_step(self, step: int, measures: StepMeasures, times: StepTimes) -> None:
         """Count a step; every `log_every_n_steps`, on the first and on the last, write and log a line."""
         config = self._config
-        self._num_steps += 1
-        self._step_s += measures.step_s
-        self._data_wait_s += measures.data_wait_s
+        self._times.append(times)
         if step % config.log_every_n_steps and step not in (1, config.num_steps):
             return
-        means = {
+        line = asdict(measures) | {
             "learning_rate": learning_rate_of_step(config.optimizer, step, num_steps=config.num_steps),
-            "samples_per_s": config.engine.global_batch_size * self._num_steps / self._step_s,
-            "step_s": self._step_s / self._num_steps,
-            "data_wait_s": self._data_wait_s / self._num_steps,
+            **self._speed.rates(self._times),
+            "save_stall_s": self._save_stall_s,
+            "peak_memory_bytes": peak_memory_bytes(self._device),
         }
-        self._write(step, "train", asdict(measures) | means)
-        self._num_steps, self._step_s, self._data_wait_s = 0, 0.0, 0.0
+        self._write(step, "train", line)
+        self._times, self._save_stall_s = [], 0.0
 
     def after_validation(self, step: int, result: ValidationResult) -> None:
         """Write and log a line of held-out measures."""
         self._write(step, "validation", asdict(result))
+
+    def after_save(self, stall_s: float) -> None:
+        """Count the seconds that saving a checkpoint held training up; they are in the next training line."""
+        self._save_stall_s += stall_s
 
     def close(self) -> None:
         """Flush what was written."""
@@ -72,6 +141,5 @@ class Progress:
 
     def _write(self, step: int, split: str, measures: dict[str, Any]) -> None:
         elapsed_s = time.perf_counter() - self._began
-        line = {"step": step, "split": split} | measures | {"elapsed_s": elapsed_s}
-        self._log.write(line)
+        line = self._log.write({"step": step, "split": split} | measures | {"elapsed_s": elapsed_s})
         logger.info("%s", describe_line(line, num_steps=self._config.num_steps))

@@ -2,7 +2,7 @@
 
 Needs only torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process group
 that Ray Train has already made is used as it is. Gloo on CPU, NCCL on CUDA. Collectives here carry small Python
-values (paths, hashes) and are called a few times per checkpoint, never in the step.
+values (paths, hashes) and are called a few times per checkpoint; the one of every step is `sum`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.distributed
 logger = logging.getLogger(__name__)
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_TIMEOUT = datetime.timedelta(minutes=10)
+_LEAST_TIMEOUT_S = 120.0
 _DRAIN_S = 0.2
 
 
@@ -67,8 +67,16 @@ class Ranks:
         return tensor
 
 
-def join_ranks() -> Ranks:
+def collective_timeout(step_timeout_s: float) -> datetime.timedelta:
+    """Return how long a collective may take: longer than a watched step, whose watchdog can say which rank hangs."""
+    return datetime.timedelta(seconds=max(_LEAST_TIMEOUT_S, 2 * step_timeout_s))
+
+
+def join_ranks(*, step_timeout_s: float = 600.0) -> Ranks:
     """Return this process's place, having joined the process group.
+
+    Args:
+        step_timeout_s: of the run; sets the timeout of a process group that is made here.
 
     Raises:
         ValueError: torchrun's environment variables are missing.
@@ -94,7 +102,10 @@ def join_ranks() -> Ranks:
     if has_cuda:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(
-        dist_backend="nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT
+        dist_backend="nccl" if has_cuda else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=collective_timeout(step_timeout_s),
     )
     return Ranks(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device=device)
 

@@ -1,21 +1,22 @@
 """Held-out measurement during training: the same samples and the same draws every time.
 
 Invariant: the result depends on the weights, the shard set and the spec only; the draws of a sample do not depend on
-the step or the world size. Two measures: windows noised by the schedule, and (window_size > 1) windows filled with the
-model's own drafts, which is what sampling will show it; of the second only offset 0, the code that is kept, counts.
-It costs three forward passes of the samples (one at window_size 1).
+the step or the world size. The weights are the raw ones, also where an average of them is kept. Two measures: windows
+noised by the schedule, and (window_size > 1) windows filled with the model's own drafts, which is what sampling will
+show it; of the second only offset 0, the code that is kept, counts. It costs three forward passes of the samples (one
+at window_size 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline.loader import ShardSet
 from pipeline.philox import Int64Array
+from pipeline.shard_set import ShardSet
 from training.config import TrainConfig
 from training.engine import Engine
 from training.inputs import make_inputs, with_own_drafts
@@ -54,13 +55,19 @@ class Validation:
         """Steps between measurements."""
         self._num_micro_batches = -(-count // (ranks.world_size * self._micro_batch_size))
 
-    def measure(self, engine: Engine) -> ValidationResult:
-        """Return the measures of the engine's present weights; called by every rank."""
+    def measure(self, engine: Engine, *, on_batch: Callable[[], None]) -> ValidationResult:
+        """Return the measures of the engine's present weights; called by every rank.
+
+        Args:
+            engine: whose weights.
+            on_batch: called before every micro batch.
+        """
         window_size = self._config.model.window_size
         sums = torch.zeros(2 * window_size + 2, dtype=torch.float64, device=self._ranks.device)
         engine.eval()
         with torch.no_grad():
             for sample_indices in self._micro_batches():
+                on_batch()
                 sums += self._sums_of_batch(engine, sample_indices)
         engine.train()
         sums = self._ranks.sum(sums).cpu()

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,26 @@ from typing import Any
 import pytest
 import torch
 from synthetic_shards import train_config, write_shard_set
+from training_processes import ranks_of, run, start
 
-from pipeline.local_storage import LocalStorage
+from pipeline.config import S3Config
+from pipeline.storage import open_storage
 from training.checkpoint import list_checkpoints, read_record, verify_checkpoint
 from training.config import TrainConfig
 from training.metrics import read_metrics
-from training.tensorar import build_model
-from training.weights import load_model, save_model
+from training.run_weights import find_run_checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "run_training.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PURE_FIELDS = ("step", "split", "loss", "loss_of_offset", "accuracy_of_offset", "grad_norm", "own_draft_loss_0")
 
 
-def start(config: TrainConfig, *, num_ranks: int = 2) -> subprocess.Popen[str]:
-    spec = Path(config.run_dir).with_suffix(".json")
-    spec.write_text(config.model_dump_json())
-    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", str(SCRIPT), str(spec)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def checkpoints_of(run_dir: Path) -> list[int]:
+    return list_checkpoints(open_storage(str(run_dir)))
 
 
-def run(config: TrainConfig, *, num_ranks: int = 2) -> tuple[int, str]:
-    process = start(config, num_ranks=num_ranks)
-    output, _ = process.communicate(timeout=280)
-    return process.returncode, output
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = find_run_checkpoint(str(run_dir), s3=S3Config())
+    assert checkpoint is not None
+    return checkpoint.read_weights()
 
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:
@@ -66,8 +59,8 @@ def config_of(run_dir: Path, shards: Path, **changes: Any) -> TrainConfig:
 
 
 def test_run_leaves_whole_checkpoints_and_one_line_per_step(finished: Path) -> None:
-    storage = LocalStorage(finished)
-    assert list_checkpoints(storage) == [8, 12]
+    storage = open_storage(str(finished))
+    assert checkpoints_of(finished) == [8, 12]
     assert [verify_checkpoint(storage, step) for step in (8, 12)] == [[], []]
     record = read_record(storage, 12)
     assert (record.step, record.samples_consumed, record.world_size, record.zero_stage) == (12, 192, 2, 2)
@@ -81,8 +74,22 @@ def test_run_leaves_whole_checkpoints_and_one_line_per_step(finished: Path) -> N
     assert list((finished / "tensorboard").glob("events.*"))
 
 
+def test_a_line_says_how_fast_the_steps_were_and_what_they_took(finished: Path) -> None:
+    lines = [line for line in read_metrics(finished) if line["split"] == "train"]
+    for line in lines:
+        assert line["samples_per_s"] == pytest.approx(16 / line["step_s"])
+        assert line["tokens_per_s"] == pytest.approx(16 * line["samples_per_s"])
+        assert 0.0 < line["mfu"] < 1.0
+        assert line["data_wait_share"] == pytest.approx(line["data_wait_s"] / line["step_s"])
+        assert 2e8 < line["peak_memory_bytes"] < 8e9
+        assert line["num_skipped_steps"] == 0
+        assert 0.0 < line["grad_norm"] < 100.0
+    stalls = [line["step"] for line in lines if line["save_stall_s"] > 0.0]
+    assert stalls == [5, 9]  # saved after 4 and 8
+
+
 def test_weights_are_whole_and_finer_than_bfloat16(finished: Path) -> None:
-    weights = load_model(finished)[0].state_dict()
+    weights = weights_of(finished)
     assert weights["base.layers.0.attention.wqkv.weight"].shape == (96, 32)
     changed = [name for name, weight in weights.items() if not torch.equal(weight, weight.bfloat16().float())]
     assert len(changed) > 20
@@ -99,6 +106,7 @@ def test_finished_run_started_again_does_nothing(finished: Path, shards: Path) -
     assert times() == before
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
     finished: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -112,9 +120,9 @@ def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
     first_losses = measured(run_dir)
     code, output = run(config_of(run_dir, shards, num_steps=8, optimizer__schedule="constant"))
     assert code == 0, output
-    assert "step_00000008/rank_00001.safetensors: sha256 differs" in output
+    assert f"{newest.parent.name}/{newest.name}: sha256 differs" in output
     assert measured(run_dir) == first_losses
-    assert verify_checkpoint(LocalStorage(run_dir), 8) == []
+    assert verify_checkpoint(open_storage(str(run_dir)), 8) == []
 
 
 @pytest.mark.slow
@@ -156,16 +164,11 @@ def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_pa
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0, output
     assert "exitcode  : 75" in output
-    (step,) = list_checkpoints(LocalStorage(run_dir))
+    (step,) = checkpoints_of(run_dir)
     assert step == read_metrics(run_dir)[-1]["step"]
     code, output = run(config.model_copy(update={"num_steps": step + 2}))
     assert code == 0, output
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, step + 3))
-
-
-def ranks_of(torchrun: int) -> list[int]:
-    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
-    return [int(child) for child in children]
 
 
 def test_model_that_does_not_fit_the_codes_is_refused(shards: Path, tmp_path: Path) -> None:
@@ -193,8 +196,7 @@ def one_step(finished: Path, shards: Path) -> tuple[Path, dict[str, torch.Tensor
     run_dir = finished.parent / "one_step"
     code, output = run(config_of(run_dir, shards, **changes), num_ranks=1)
     assert code == 0, output
-    before, after = (load_model(path)[0].state_dict() for path in (finished, run_dir))
-    return run_dir, before, after
+    return run_dir, weights_of(finished), weights_of(run_dir)
 
 
 def test_a_warm_start_begins_with_the_weights_it_names(one_step: tuple[Path, Any, Any]) -> None:
@@ -215,14 +217,3 @@ def test_dropped_labels_train_the_null_label_alone(one_step: tuple[Path, Any, An
     moved = (after[name] - before[name] * (1 - 1e-3 * 0.05)).abs().amax(dim=1)
     assert moved[:-1].max().item() < 1e-7
     assert moved[-1].item() > 5e-4
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", shards, warm_start=str(tmp_path / "nan.safetensors"), validation=None)
-    state = build_model(config.model).state_dict()
-    state["base.norm.weight"].fill_(float("nan"))
-    save_model(tmp_path / "nan.safetensors", state, config=config.model, fingerprint=None, step=0)
-    code, output = run(config, num_ranks=1)
-    assert code != 0
-    assert "train step 1: loss must be finite, got nan; lower optimizer.learning_rate" in output
-    assert list_checkpoints(LocalStorage(tmp_path / "run")) == []

@@ -8,97 +8,16 @@ import pytest
 from synthetic_shards import codes_of, fingerprint_of, write_shard_set
 
 from pipeline.config import LoaderConfig
-from pipeline.loader import Batch, EpochOrder, Loader, ShardSet, draw_views, rank_slice
+from pipeline.loader import Batch, Loader
+from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
-
-SHARD_SETS = [(1,), (5,), (3, 1, 4), (2, 2, 2, 2, 2, 2, 2), (7, 1, 1, 9, 3)]
-
-
-def order_of(samples_per_shard: tuple[int, ...], **changes: int) -> list[int]:
-    settings = {"seed": 0, "epoch": 0, "window_shards": 2} | changes
-    order = EpochOrder(samples_per_shard, **settings)
-    return order.sample_indices(np.arange(sum(samples_per_shard))).tolist()
-
-
-@pytest.mark.parametrize("samples_per_shard", SHARD_SETS)
-@pytest.mark.parametrize("window_shards", [1, 2, 3, 100])
-def test_an_epoch_holds_each_sample_once(samples_per_shard: tuple[int, ...], window_shards: int) -> None:
-    for epoch in range(4):
-        order = order_of(samples_per_shard, epoch=epoch, window_shards=window_shards)
-        assert sorted(order) == list(range(sum(samples_per_shard)))
-
-
-def test_order_changes_with_seed_and_epoch_and_nothing_else() -> None:
-    sizes = (20, 20, 20)
-    orders = [order_of(sizes, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert order_of(sizes, seed=2, epoch=1) == orders[2 * 3 + 1]
-
-
-def test_only_the_shards_of_a_window_are_mixed() -> None:
-    sizes = (10,) * 7
-    order = order_of(sizes, window_shards=2)
-    shards_of_window = [{index // 10 for index in order[start : start + 20]} for start in range(0, 70, 20)]
-    assert [len(shards) for shards in shards_of_window] == [2, 2, 2, 1]
-    assert set.union(*shards_of_window) == set(range(7))
-
-
-def test_any_positions_may_be_asked_for_in_any_order() -> None:
-    sizes = (7, 1, 1, 9, 3)
-    whole = order_of(sizes)
-    order = EpochOrder(sizes, seed=0, epoch=0, window_shards=2)
-    for position in reversed(range(21)):
-        assert order.sample_indices(np.array([position])).tolist() == [whole[position]]
-
-
-def word_by_hand(counter: int, *, key: tuple[int, int], stream: int) -> int:
-    """Philox4x32-10 on Python's integers; the low 64 bits of the result."""
-    c0, c1, c2, c3 = counter & 0xFFFFFFFF, counter >> 32, stream, 0
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c3 ^ k1, p0 & 0xFFFFFFFF
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c1 << 32 | c0
-
-
-def test_order_is_the_documented_one() -> None:
-    samples_of_shard = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    shard_order = sorted(range(3), key=lambda shard: word_by_hand(shard, key=(11, 0x10), stream=2))
-    expected: list[int] = []
-    for window in (shard_order[:2], shard_order[2:]):
-        samples = [sample for shard in window for sample in samples_of_shard[shard]]
-        start = len(expected)
-        places = sorted(range(len(samples)), key=lambda p: word_by_hand(start + p, key=(11, 0x11), stream=2))
-        expected += [samples[place] for place in places]
-    assert order_of((4, 3, 3), seed=11, epoch=2) == expected
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_ranks_share_a_global_batch_without_gap_or_overlap(world_size: int) -> None:
-    slices = [rank_slice(global_batch_size=12, rank=rank, world_size=world_size) for rank in range(world_size)]
-    assert [position for part in slices for position in range(12)[part]] == list(range(12))
-
-
-def test_batch_that_does_not_divide_names_a_right_value() -> None:
-    with pytest.raises(ValueError, match=r"multiple of world_size 5, got 12; use 10"):
-        rank_slice(global_batch_size=12, rank=0, world_size=5)
-
-
-def test_views_are_uniform_and_fixed_per_seed_and_epoch() -> None:
-    views = draw_views(np.arange(10_000), num_views=10, seed=0, epoch=0)
-    counts = Counter(views.tolist())
-    assert set(counts) == set(range(10))
-    assert all(850 < count < 1150 for count in counts.values())
-    assert draw_views(np.array([77]), num_views=10, seed=0, epoch=0)[0] == views[77]
-    assert (draw_views(np.arange(10_000), num_views=10, seed=0, epoch=1) != views).any()
 
 
 def loaders(shards: Path, *, world_size: int, global_batch_size: int = 12) -> list[Loader]:
     config = LoaderConfig(shards=str(shards), shuffle_window_shards=2, seed=3)
     return [
         Loader(
-            ShardSet.open(shards),
+            [ShardSet.open(shards)],
             config=config,
             global_batch_size=global_batch_size,
             rank=rank,
@@ -149,15 +68,6 @@ def test_batch_larger_than_the_set_repeats_it_epoch_by_epoch(tmp_path: Path) -> 
     counts = Counter(batch.sample_indices_B.tolist())
     assert sorted(counts) == [0, 1, 2, 3, 4]
     assert sum(counts.values()) == 12
-
-
-def test_samples_are_the_same_without_room_to_remember_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = write_shard_set(tmp_path / "set", num_views=2)
-    remembered = loaders(shards, world_size=1)[0].batch(48)
-    monkeypatch.setattr("pipeline.loader._MAX_CACHE_BYTES", 0)
-    read_again = loaders(shards, world_size=1)[0].batch(48)
-    assert read_again.codes_BT.tolist() == remembered.codes_BT.tolist()
-    assert read_again.labels_B.tolist() == remembered.labels_B.tolist()
 
 
 def test_sample_without_a_label_has_label_minus_one(tmp_path: Path) -> None:

@@ -1,9 +1,14 @@
-"""metrics.jsonl: each (step, split) once, also after a kill and a resume."""
+"""metrics.jsonl: each (step, split) once, also after a kill and a resume; what people read of a line."""
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
+from synthetic_shards import train_config
+
 from training.metrics import MetricsLog, describe_line, read_metrics
+from training.wandb_board import check_wandb
 
 
 def line(step: int, loss: float = 1.5, split: str = "train") -> dict[str, object]:
@@ -50,7 +55,42 @@ def test_new_run_starts_empty(tmp_path: Path) -> None:
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
 
 
+def test_a_loss_that_is_not_finite_is_null_and_said_so(tmp_path: Path) -> None:
+    write(tmp_path, after=0, steps=[1], loss=float("nan"))
+    (entry,) = read_metrics(tmp_path)
+    assert (entry["loss"], entry["loss_of_offset"]) == (None, [None])
+    told = describe_line(entry | {"split": "validation", "own_draft_loss_0": 2.0}, num_steps=9)
+    assert told == "step=1/9 validation loss=not finite loss_0=not finite own_draft_loss_0=2.0000"
+
+
+def test_boards_are_shown_every_number_by_its_tag(tmp_path: Path) -> None:
+    shown: list[tuple[int, dict[str, float]]] = []
+
+    class Shown:
+        def show(self, step: int, numbers: dict[str, float]) -> None:
+            shown.append((step, numbers))
+
+        def close(self) -> None:
+            shown.append((0, {}))
+
+    log = MetricsLog(tmp_path, step=0, boards=[Shown()])
+    log.write({"step": 3, "split": "train", "loss": 2.0, "loss_of_offset": [1.0, float("inf")], "grad_norm": None})
+    log.close()
+    assert shown == [(3, {"train/loss": 2.0, "train/loss_of_offset/0": 1.0}), (0, {})]
+
+
 def test_described_line_says_what_is_watched() -> None:
     entry = line(40) | {"learning_rate": 3e-4, "samples_per_s": 98.76, "step_s": 0.5}
     expected = "step=40/100 train loss=1.5000 loss_0=1.5000 learning_rate=0.0003 samples_per_s=98.8 eta_s=30"
     assert describe_line(entry, num_steps=100) == expected
+    quiet = entry | {"mfu": 0.4321, "data_wait_share": 0.004, "num_skipped_steps": 0}
+    assert "samples_per_s=98.8 mfu=43.2% eta_s=30" in describe_line(quiet, num_steps=100)
+    troubled = entry | {"mfu": 0.4321, "data_wait_share": 0.2, "num_skipped_steps": 3}
+    assert "mfu=43.2% data_wait=20% skipped_steps=3 eta_s=30" in describe_line(troubled, num_steps=100)
+
+
+def test_a_missing_wandb_is_an_error_that_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself takes for "not there"
+    check_wandb(train_config(tmp_path, shards=tmp_path))
+    with pytest.raises(ValueError, match=r"needs the package wandb, got 'nights' .*pip install wandb on every node"):
+        check_wandb(train_config(tmp_path, shards=tmp_path, wandb_project="nights"))

@@ -145,6 +145,7 @@ def test_curves_are_one_per_offset_and_split_and_the_own_drafts() -> None:
     lines = [
         {"step": 1, "split": "train", "loss_of_offset": [6.0, 6.5]},
         {"step": 2, "split": "train", "loss_of_offset": [5.0, 5.5]},
+        {"step": 3, "split": "train", "loss_of_offset": [None, None]},  # skipped
         {"step": 2, "split": "validation", "loss_of_offset": [5.25, 5.75], "own_draft_loss_0": 5.5},
     ]
     curves = curves_of(lines)

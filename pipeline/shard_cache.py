@@ -1,0 +1,231 @@
+"""Shards of S3 on the disk of a machine: downloaded whole, once for all ranks, within a bound.
+
+The invariant: what stands under an entry's name is a whole tar and its index with the manifest's size and sha256; it is
+named by the sha256, committed by a rename, and a killed process leaves a staged file that nobody reads and the next one
+removes. Whoever maps an entry holds a shared lock on it through the mapping, so eviction (least recently used first)
+passes by what is in use. Whole shards and not ranges: a window is read to its end, codes are small (25 MB for 10,000
+images), and 10,000 ranged reads cost ten thousand times the requests of one download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.shards import INDEX_EXTENSION, ShardInfo, ShardReader
+from pipeline.storage import ArtifactError, Storage
+
+GB = 10**9
+KEPT_FRACTION = 0.9
+"""What eviction goes down to, so that it is not at work for every shard."""
+ROOM_WAIT_S = 120.0
+WAIT_INTERVAL_S = 0.1
+PIECE_BYTES = 1 << 20
+_ENTRY, _STAGED = ".shard", ".staged"
+
+logger = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """A directory of downloaded shards that processes of one machine share."""
+
+    def __init__(self, directory: Path, *, max_bytes: int) -> None:
+        """Make the directory; `max_bytes` bounds its files, those being downloaded included.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        self.directory, self.max_bytes = directory, max_bytes
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self._locked():
+                pass
+        except OSError as error:
+            raise ArtifactError(
+                f"open shard cache {directory}: it must be a directory of ours to write in, got {error}; "
+                f"set data.cache_dir"
+            ) from error
+
+    def open(self, storage: Storage, name: str, *, info: ShardInfo) -> ShardReader:
+        """Return a reader of a shard, downloading it first where no rank of this machine has.
+
+        Args:
+            storage: the shard set.
+            name: `shards/00000.tar`.
+            info: what the manifest says of it.
+
+        Raises:
+            ArtifactError: it is missing or not what the manifest says, or the cache has no room for it.
+        """
+        num_bytes = info.bytes + 8 * (info.num_samples + 1)
+        try:
+            with self._entry(storage, name, info=info, num_bytes=num_bytes) as entry:
+                data = memoryview(mmap.mmap(entry, num_bytes, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise ArtifactError(
+                f"read {storage.url_of(name)}: it must be readable and fit into {self.directory}, got {error}; "
+                f"check the shard, free some space or lower data.max_cache_gb, then run again"
+            ) from error
+        return ShardReader(data[: info.bytes], index=bytes(data[info.bytes :]), where=storage.url_of(name))
+
+    @contextlib.contextmanager
+    def _entry(self, storage: Storage, name: str, *, info: ShardInfo, num_bytes: int) -> Iterator[int]:
+        """Yield the descriptor of an entry under a shared lock, which mappings of it go on holding (they copy it)."""
+        path = self.directory / f"{info.sha256}{_ENTRY}"
+        deadline = time.monotonic() + ROOM_WAIT_S
+        while True:
+            with self._locked():
+                found = _open_whole(path, num_bytes=num_bytes)
+                staged = None if found is not None else self._claim(path.with_suffix(_STAGED), num_bytes=num_bytes)
+            if found is not None:
+                break
+            if staged is not None:
+                found = self._fill(staged, path, storage=storage, name=name, info=info)
+                break
+            if time.monotonic() > deadline and not path.with_suffix(_STAGED).exists():
+                raise ArtifactError(
+                    f"download {storage.url_of(name)}: data.max_cache_gb must have room beside the shards in use, got "
+                    f"{self.max_bytes / GB:g} in {self.directory}; raise it or lower data.shuffle_window_shards"
+                )
+            time.sleep(WAIT_INTERVAL_S)  # another process downloads it, or all that fills the cache is in use
+        try:
+            yield found
+        finally:
+            os.close(found)
+
+    def _claim(self, staged: Path, *, num_bytes: int) -> int | None:
+        """Return a locked staged file of the final size; None where another process has it, or there is no room."""
+        descriptor = os.open(staged, os.O_RDWR | os.O_CREAT, 0o600)
+        if not _try_lock(descriptor):
+            os.close(descriptor)
+            return None
+        if not self._make_room(num_bytes, keep=staged):
+            staged.unlink()
+            os.close(descriptor)
+            return None
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, num_bytes)
+        return descriptor
+
+    def _fill(self, staged: int, path: Path, *, storage: Storage, name: str, info: ShardInfo) -> int:
+        """Download into a claimed file and commit it; its descriptor is returned under a shared lock."""
+        began = time.monotonic()
+        try:
+            _download(storage, name, info=info, descriptor=staged)
+            os.fsync(staged)
+            with self._locked():
+                path.with_suffix(_STAGED).rename(path)
+                fcntl.flock(staged, fcntl.LOCK_SH)
+        except BaseException:
+            with self._locked():  # so that nobody claims the file between its removal and the end of its lock
+                path.with_suffix(_STAGED).unlink(missing_ok=True)
+                os.close(staged)
+            raise
+        logger.debug("downloaded shard=%s seconds=%.2f", storage.url_of(name), time.monotonic() - began)
+        return staged
+
+    def _make_room(self, num_bytes: int, *, keep: Path) -> bool:
+        """Evict until `num_bytes` more fit, and whether they do; removes what killed processes left."""
+        files = [
+            (entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path))
+            for entry in os.scandir(self.directory)
+            if entry.name.endswith((_ENTRY, _STAGED)) and entry.path != str(keep)
+        ]
+        total = num_bytes + sum(size for _, size, _ in files)
+        goal = self.max_bytes if total <= self.max_bytes else int(KEPT_FRACTION * self.max_bytes)
+        for _, size, path in sorted(files):
+            is_left_over = path.suffix == _STAGED
+            if (total > goal or is_left_over) and _remove_unused(path):
+                total -= size
+        return total <= self.max_bytes
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the directory's lock: names change only under it, and it is never held over a download."""
+        descriptor = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def default_directory() -> Path:
+    """Return where shards are kept unless the spec says: a directory of this user below TMPDIR."""
+    return Path(tempfile.gettempdir()) / f"tensorar-shards-{os.getuid()}"
+
+
+def _open_whole(path: Path, *, num_bytes: int) -> int | None:
+    """Return the descriptor of an entry under a shared lock, noted as just used; None where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    if os.fstat(descriptor).st_size != num_bytes:
+        path.unlink()
+        os.close(descriptor)
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    os.utime(descriptor)
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless a living process maps or fills it, and whether it is gone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not _try_lock(descriptor):
+            return False
+        path.unlink()
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) -> None:
+    """Write a tar and, behind it, its index.
+
+    Raises:
+        ArtifactError: size or sha256 are not the manifest's.
+    """
+    index = storage.read_bytes(name + INDEX_EXTENSION)
+    digest, num_bytes = hashlib.sha256(), 0
+    with storage.open(name) as source:
+        while piece := source.read(PIECE_BYTES):
+            digest.update(piece)
+            if num_bytes + len(piece) <= info.bytes:
+                _write_all(descriptor, piece, at=num_bytes)
+            num_bytes += len(piece)
+    where, redo = f"download {storage.url_of(name)}", "remove it and rerun the tokenize job to rewrite it"
+    if num_bytes != info.bytes or len(index) != 8 * (info.num_samples + 1):
+        wanted = f"{info.bytes} bytes and an index of {info.num_samples + 1} offsets"
+        raise ArtifactError(
+            f"{where}: it must have {wanted}, got {num_bytes} and an index of {len(index)} bytes; {redo}"
+        )
+    if digest.hexdigest() != info.sha256:
+        raise ArtifactError(
+            f"{where}: sha256 must be the manifest's {info.sha256[:8]}.., got {digest.hexdigest()[:8]}..; {redo}"
+        )
+    _write_all(descriptor, index, at=info.bytes)
+
+
+def _write_all(descriptor: int, data: bytes, *, at: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, data[written:], at + written)

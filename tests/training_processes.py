@@ -1,0 +1,33 @@
+"""Training runs as processes of their own, under torchrun, for tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from training.config import TrainConfig
+
+SCRIPT = Path(__file__).with_name("run_training.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(config: TrainConfig, *, num_ranks: int = 2, **variables: str) -> subprocess.Popen[str]:
+    """Start the ranks of a run; their output is one pipe."""
+    spec = Path(f"{config.run_dir}.json") if "://" not in config.run_dir else Path(variables["TMPDIR"]) / "spec.json"
+    spec.write_text(config.model_dump_json())
+    command = [*TORCHRUN, f"--nproc-per-node={num_ranks}", str(SCRIPT), str(spec)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(config: TrainConfig, *, num_ranks: int = 2, **variables: str) -> tuple[int, str]:
+    """Return exit status and output of a run that has ended."""
+    process = start(config, num_ranks=num_ranks, **variables)
+    output, _ = process.communicate(timeout=280)
+    return process.returncode, output
+
+
+def ranks_of(torchrun: int) -> list[int]:
+    """Return the process ids of the ranks of a torchrun process, in rank order."""
+    children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
+    return [int(child) for child in children]

@@ -1,0 +1,41 @@
+"""The shard sets of a train spec, opened and checked against each other and against its model.
+
+Invariant: codes of two tokenizers never meet in a run, and a model never reads codes of another shape than its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.loader import open_cache, open_parts
+from pipeline.shard_set import ShardSet
+from pipeline.storage import ArtifactError
+from training.config import TrainConfig
+
+
+def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | None]:
+    """Return the training sets, in the order of the mixture, and the held-out set where there is one.
+
+    Raises:
+        ArtifactError: a set is missing or empty, or was not made for this model.
+    """
+    held_out_urls = [] if config.validation is None else [config.validation.shards]
+    cache = open_cache(config.data, urls=[*(part.shards for part in config.data.parts), *held_out_urls])
+    shard_sets = open_parts(config.data, s3=config.s3, cache=cache)
+    for shard_set in shard_sets:
+        _check_fits_model(shard_set, config=config)
+    if config.validation is None:
+        return shard_sets, None
+    held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
+    return shard_sets, held_out
+
+
+def _check_fits_model(shard_set: ShardSet, *, config: TrainConfig) -> None:
+    side = math.isqrt(shard_set.codes_per_image)
+    for field, of_shards in (("codebook_size", shard_set.codebook_size), ("codes_per_side", side)):
+        of_model = getattr(config.model, field)
+        if of_model != of_shards:
+            raise ArtifactError(
+                f"train on {shard_set.url}: model.{field} must be that of the codes = {of_shards}, "
+                f"got {of_model}; set model.{field}: {of_shards}"
+            )

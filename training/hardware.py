@@ -1,0 +1,48 @@
+"""What a rank's device can do and what the run takes of it: the peak rate of matrix products, and memory.
+
+The peak is measured, not looked up: the best of a few square products in the dtype of the run, under a second in all.
+Vendors' peaks are higher; give `engine.peak_tflops` to compare runs with published MFU.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+_BUDGET_S = 0.4
+_LEAST_S = 0.02
+"""A product that takes less than this is repeated until it does not: its start costs too much of it."""
+
+
+def measured_peak_flops(device: torch.device, *, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of the fastest square matrix product, of those that `_BUDGET_S` is enough to try."""
+    best, began = 0.0, time.perf_counter()
+    for size in _SIZES:
+        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        first_s = _seconds_of_products(left, right, count=1)  # the first of a size may choose its kernel
+        count = max(1, round(_LEAST_S / first_s))
+        best = max(best, count * 2.0 * size**3 / _seconds_of_products(left, right, count=count))
+        # Each size takes eight times as long as the one before.
+        if time.perf_counter() - began + 16 * first_s > _BUDGET_S:
+            break
+    return best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: allocated by torch on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024  # macOS counts in bytes
+
+
+def _seconds_of_products(left: torch.Tensor, right: torch.Tensor, *, count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        product = left @ right
+    product[0, 0].item()  # waits for the device
+    return time.perf_counter() - began

@@ -1,0 +1,59 @@
+"""Weights & Biases as one more board that a run's metrics are shown on, where the spec names a project.
+
+The package is no dependency: it is looked for before training starts and imported only by rank 0. A run resumed in the
+same run_dir goes on as the same W&B run; account and mode come from W&B's own variables (WANDB_API_KEY, WANDB_MODE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from training.config import TrainConfig
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Check that the package is there if the spec asks for it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"log to W&B: wandb_project needs the package wandb, got {config.wandb_project!r} and no such package; "
+            f"pip install wandb on every node, or remove wandb_project"
+        )
+
+
+class WandbBoard:
+    """A run on W&B; only rank 0 has one."""
+
+    def __init__(self, config: TrainConfig, *, directory: Path) -> None:
+        """Begin or go on.
+
+        Args:
+            config: of the run, with a `wandb_project`; shown with it.
+            directory: where W&B keeps its own files.
+        """
+        wandb: Any = importlib.import_module("wandb")  # by name: not installed where nobody asks for it
+        self._run = wandb.init(
+            project=config.wandb_project,
+            id=hashlib.sha256(config.run_dir.rstrip("/").encode()).hexdigest()[:16],
+            name=config.run_dir.rstrip("/"),
+            config=config.model_dump(mode="json"),
+            dir=str(directory),
+            resume="allow",
+        )
+        # W&B's own step can only rise, so that what a resume repeats would be lost; charts are drawn over ours.
+        self._run.define_metric("*", step_metric="step")
+
+    def show(self, step: int, numbers: dict[str, float]) -> None:
+        """Add numbers of a step; the same step may come again, for validation or after a resume."""
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
