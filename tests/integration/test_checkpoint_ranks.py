@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,21 @@ from training.resume import find_checkpoint
 from training.weights import load_model
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_ranks.py"
-ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
+
+
+class Mode(NamedTuple):
+    """How an engine holds its state."""
+
+    zero_stage: int
+    dtype: str
+    offload: bool = False
+
+
+FAST = [Mode(2, "bfloat16"), Mode(3, "float32")]
+ALL = [
+    *(Mode(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")),
+    *(Mode(stage, "bfloat16", offload=True) for stage in (1, 2, 3)),
+]
 State = dict[str, npt.NDArray[np.float32]]
 
 
@@ -99,42 +113,71 @@ def equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def check_bit_for_bit(modes: list[tuple[int, str]], directory: Path) -> None:
-    cases = []
-    for stage, dtype in modes:
-        is_background = stage != 1
-        whole, halves = (directory / f"{name}-{stage}-{dtype}" for name in ("whole", "halves"))
-        cases += [
-            {"spec": spec_of(path, zero_stage=stage, dtype=dtype, checkpoint__background=is_background), **steps}
-            for path, steps in (
-                (whole, {"until": 6, "saves": [6]}),
-                (halves, {"until": 3, "saves": [2, 3]}),
-                (halves, {"until": 6, "saves": [6]}),
-            )
-        ]
-    results = iter(run(cases, num_ranks=2, directory=directory))
-    for stage, dtype in modes:
-        whole, first, second = next(results), next(results), next(results)
-        assert first | second == whole, (stage, dtype)
-        states = [state_of(directory / f"{name}-{stage}-{dtype}", 6) for name in ("whole", "halves")]
+def spec_of_mode(directory: Path, name: str, mode: Mode) -> dict[str, Any]:
+    return spec_of(
+        directory / "-".join(map(str, (name, *mode))),
+        zero_stage=mode.zero_stage,
+        dtype=mode.dtype,
+        engine__offload_optimizer=mode.offload,
+        checkpoint__background=mode.zero_stage != 1,
+    )
+
+
+def halved_cases(modes: list[Mode], directory: Path) -> list[dict[str, Any]]:
+    """Of each mode: six steps at once, three, and the other three."""
+    return [
+        {"spec": spec_of_mode(directory, name, mode), **steps}
+        for mode in modes
+        for name, steps in (
+            ("whole", {"until": 6, "saves": [6]}),
+            ("halves", {"until": 3, "saves": [2, 3]}),
+            ("halves", {"until": 6, "saves": [6]}),
+        )
+    ]
+
+
+def check_bit_for_bit(modes: list[Mode], directory: Path, results: list[Any]) -> None:
+    for index, mode in enumerate(modes):
+        whole, first, second = results[3 * index : 3 * index + 3]
+        assert first | second == whole, mode
+        states = [state_of(directory / "-".join(map(str, (name, *mode))), 6) for name in ("whole", "halves")]
         assert {key.partition("/")[0] for key in states[0]} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-        assert equal(*states), (stage, dtype)
-
-
-def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    check_bit_for_bit([(2, "bfloat16"), (3, "float32")], tmp_path)
+        assert equal(*states), mode
 
 
 @pytest.fixture(scope="module")
-def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints, of steps 2 and 3, of two ranks under ZeRO 2."""
-    directory = tmp_path_factory.mktemp("real")
-    run(
-        [{"spec": spec_of(directory / "run", zero_stage=2), "until": 3, "saves": [2, 3]}],
-        num_ranks=2,
-        directory=directory,
-    )
-    return directory / "run"
+def fast_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Their directory, and what two ranks answered for two modes and for a save where rank 1 cannot write."""
+    directory = tmp_path_factory.mktemp("fast")
+    in_the_way = directory / "failing" / "checkpoints" / "step_00000002.partial" / "rank_00001.safetensors"
+    (in_the_way / "directory").mkdir(parents=True)
+    failing = {"spec": spec_of(directory / "none", zero_stage=2), "until": 3, "saves": [1, 2, 3], "fails": True}
+    cases = [*halved_cases(FAST, directory), failing | {"into": str(directory / "failing")}]
+    return directory, run(cases, num_ranks=2, directory=directory)
+
+
+@pytest.fixture
+def real_run(fast_runs: tuple[Path, list[Any]]) -> Path:
+    """Two checkpoints, of steps 3 and 6, of two ranks under ZeRO 2."""
+    return fast_runs[0] / "halves-2-bfloat16-False"
+
+
+def test_a_resumed_engine_goes_on_bit_for_bit(fast_runs: tuple[Path, list[Any]]) -> None:
+    check_bit_for_bit(FAST, *fast_runs)
+
+
+@pytest.mark.slow
+def test_every_stage_and_dtype_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    check_bit_for_bit(ALL, tmp_path, run(halved_cases(ALL, tmp_path), num_ranks=2, directory=tmp_path))
+
+
+def test_a_rank_that_cannot_write_fails_the_run_on_every_rank(fast_runs: tuple[Path, list[Any]]) -> None:
+    directory, results = fast_runs
+    first, second = results[-1]
+    assert "step_00000002.partial/rank_00001" in first
+    assert "failed: [Errno" in first
+    assert "rank_00001.safetensors" in second
+    assert list_checkpoints(open_storage(str(directory / "failing"))) == [1]
 
 
 def found(run_dir: Path) -> CheckpointRecord | None:
@@ -159,36 +202,24 @@ def test_a_damaged_file_of_the_newest_falls_back_and_is_named(
     real_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], name: str
 ) -> None:
     shutil.copytree(real_run, tmp_path / "run")
-    damage(tmp_path / "run" / "checkpoints" / "step_00000003" / name)
+    damage(tmp_path / "run" / "checkpoints" / "step_00000006" / name)
     record = found(tmp_path / "run")
     assert record is not None
-    assert record.step == 2
-    assert "step_00000003" in caplog.text
+    assert record.step == 3
+    assert "step_00000006" in caplog.text
     assert name in caplog.text
     command = CliRunner().invoke(main, ["verify", str(tmp_path / "run")])
     assert command.exit_code == 1
     assert name in command.stderr
-    assert "2 checkpoints of a training run; whole are those of step 2; 1 problems" in command.stderr
+    assert "2 checkpoints of a training run; whole are those of step 3; 1 problems" in command.stderr
 
 
 def test_with_all_damaged_nothing_starts_from_zero(real_run: Path, tmp_path: Path) -> None:
     shutil.copytree(real_run, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").glob("step_*/rank_00001.safetensors"):
         truncate(path)
-    with pytest.raises(ArtifactError, match=r"got 2 damaged ones .*step_00000002/rank_00001\.safetensors has"):
+    with pytest.raises(ArtifactError, match=r"got 2 damaged ones .*step_00000003/rank_00001\.safetensors has"):
         found(tmp_path / "run")
-
-
-def test_a_rank_that_cannot_write_fails_the_run_on_every_rank(tmp_path: Path) -> None:
-    in_the_way = tmp_path / "run" / "checkpoints" / "step_00000002.partial" / "rank_00001.safetensors"
-    (in_the_way / "directory").mkdir(parents=True)
-    spec = spec_of(tmp_path / "none", zero_stage=2)
-    case = {"spec": spec, "until": 3, "saves": [1, 2, 3], "into": str(tmp_path / "run"), "fails": True}
-    ((first, second),) = run([case], num_ranks=2, directory=tmp_path)
-    assert "step_00000002.partial/rank_00001" in first
-    assert "failed: [Errno" in first
-    assert "rank_00001.safetensors" in second
-    assert list_checkpoints(open_storage(str(tmp_path / "run"))) == [1]
 
 
 def test_codes_of_another_tokenizer_do_not_go_on(real_run: Path) -> None:
@@ -221,11 +252,6 @@ def test_a_run_on_s3_resumes_verifies_loads_and_exports(s3_url: str, tmp_path: P
     assert command.exit_code == 0, command.output
     averages = load_model(local, use_ema=True)[0].state_dict()
     assert all(torch.equal(value, averages[name]) for name, value in load_model(output)[0].state_dict().items())
-
-
-@pytest.mark.slow
-def test_every_stage_and_dtype_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    check_bit_for_bit(ALL, tmp_path)
 
 
 @pytest.mark.slow

@@ -63,4 +63,4 @@ def test_compiled_blocks_keep_their_names_and_their_losses() -> None:
     (loss, gradients), (other, others) = loss_and_gradients(plain), loss_and_gradients(compiled)
     torch.testing.assert_close(other, loss)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, msg=name)
+        torch.testing.assert_close(others[name], gradient, atol=1e-4, rtol=1e-4)
