@@ -15,7 +15,7 @@ from pipeline.storage import ArtifactError, open_storage
 
 
 def metadata_of(number: int) -> dict[str, Any]:
-    """Captions from nothing to several blocks, one longer than bulk reading takes; labels of one digit to ten, some without."""
+    """Captions from nothing to several blocks, one longer than bulk reading takes; labels up to ten digits, or none."""
     caption = None if number % 7 == 0 else 'a {caption} with "label":1, ' * (200 if number == 40 else (number % 9) ** 2)
     label = None if number % 5 == 0 else 7**number % 10**10
     return {"caption": caption, "extra": {"label": 3, "n": [1, {"label": 2}]}, "label": label, "width": 30 * number}

@@ -1,5 +1,6 @@
 """The cache of shards: whole entries only, within its bound, shared by processes, whatever is killed."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -130,6 +131,12 @@ def test_an_entry_of_another_size_is_downloaded_again(storage: Storage, tmp_path
     open_shard(cache, storage, 0)
     os.truncate(cache.directory / entry_of(storage, 0), 1000)
     assert is_right(open_shard(cache, storage, 0), 0)
+
+
+def test_a_sha256_that_would_be_a_path_is_refused(storage: Storage, tmp_path: Path) -> None:
+    info = dataclasses.replace(infos(storage)[0], sha256="../" + "0" * 61)
+    with pytest.raises(ArtifactError, match=r"sha256 in its manifest must be 64 hex digits, got '\.\./000"):
+        ShardCache(tmp_path / "cache", max_bytes=10**9).open(storage, f"shards/{info.name}", info=info)
 
 
 def test_a_missing_shard_is_named(storage: Storage, tmp_path: Path) -> None:
