@@ -132,7 +132,11 @@ class Loader:
             own = np.flatnonzero(turns.parts_N == number)
             if len(own):
                 samples, indices_B[own] = part.read(turns.positions_N[own])
-                codes_BT[own], labels_B[own] = samples.codes_BT, samples.labels_B
+                if len(own) == size:
+                    codes_BT = samples.codes_BT  # the largest copy of a step, saved
+                else:
+                    codes_BT[own] = samples.codes_BT
+                labels_B[own] = samples.labels_B
                 num_replaced += len(samples.damages)
                 self._check_labels(samples.labels_B, indices_B[own], shard_set=part.shard_set)
         return Batch(

@@ -196,7 +196,7 @@ class ShardSet:
         order = np.argsort(sample_indices, kind="stable")
         indices, views_B = sample_indices[order], views[order]
         decoded = self._decode_sorted(indices, views_B)
-        codes_BT, labels_B = np.empty_like(decoded.codes_BT), np.empty_like(decoded.labels_B)
+        codes_BT, labels_B = np.empty(decoded.codes_BT.shape, dtype=np.int64), np.empty_like(decoded.labels_B)
         codes_BT[order], labels_B[order] = decoded.codes_BT, decoded.labels_B
         damages: dict[int, ArtifactError] = {}
         for place in np.flatnonzero(~decoded.is_read_B).tolist():
