@@ -20,7 +20,8 @@ MAX_DEPTH = 4
 
 _NEWLINE, _ZERO_BYTE, _BRACE = ord("\n"), 0, ord("}")
 _STAND_IN = b'{"label":null}'
-_STRING = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"'
+# A quote that no backslash stands before ends a string; the scan for it is several times faster than the whole rule.
+_STRING = rb'"(?>[^"]*+(?<!\\)"|[^"\\]*+(?:\\.[^"\\]*+)*+")'
 
 
 def _value(depth: int) -> bytes:
@@ -33,8 +34,7 @@ def _value(depth: int) -> bytes:
 
 
 _LABEL_OF_LINE = re.compile(
-    rb'\n\{(?>(?!"label":)%b:%b,)*+"label":(null|0|[1-9][0-9]{0,17}+)[,}][^\n\x00]*+\x00*+(?=\n|\Z)'
-    % (_STRING, _value(MAX_DEPTH))
+    rb'\n\{(?>(?!"label":)%b:%b,)*+"label":(null|0|[1-9][0-9]{0,17}+)[,}][^\n]*+' % (_STRING, _value(MAX_DEPTH))
 )
 
 
@@ -50,9 +50,11 @@ def find_labels(
     """
     num_texts, width = text_BN.shape
     places = np.arange(num_texts)
-    last, after = np.clip(sizes_B - 1, 0, width - 1), np.minimum(sizes_B, width - 1)
-    is_whole = (text_BN[places, last] == _BRACE) & ((sizes_B == width) | (text_BN[places, after] == _ZERO_BYTE))
-    is_answered_B = is_read_B & (sizes_B <= width) & is_whole
+    is_zero_BN = text_BN == _ZERO_BYTE
+    is_answered_B = is_read_B & (sizes_B > 0) & (sizes_B <= width)
+    is_answered_B &= text_BN[places, np.clip(sizes_B - 1, 0, width - 1)] == _BRACE
+    is_answered_B &= np.where(sizes_B < width, is_zero_BN.argmax(axis=1) == sizes_B, True)  # no zero before the size
+    is_answered_B &= np.count_nonzero(is_zero_BN, axis=1) == width - sizes_B  # and only zeros from there on
     lines = np.empty((num_texts, width + 1), dtype=np.uint8)
     lines[:, 0] = _NEWLINE
     lines[:, 1:] = text_BN

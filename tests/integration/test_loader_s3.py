@@ -9,7 +9,7 @@ from s3_server import S3Server
 from synthetic_shards import train_config, write_shard_set
 
 from pipeline.config import LoaderConfig, S3Config
-from pipeline.loader import Batch, Loader, open_cache, open_parts
+from pipeline.loader import Batch, Loader, check_room, open_cache, open_parts
 from pipeline.s3 import requests
 from pipeline.storage import ArtifactError, open_storage
 from training.data import open_shards
@@ -88,9 +88,10 @@ def test_a_cache_smaller_than_its_windows_is_refused_with_the_size_it_must_have(
     local: Path, s3_url: str, tmp_path: Path
 ) -> None:
     config = LoaderConfig(shards=s3_url, shuffle_window_shards=2, cache_dir=str(tmp_path / "cache"), max_cache_gb=1e-4)
-    sizes = sorted(path.stat().st_size for path in (local / "shards").glob("*.tar"))
+    cache = open_cache(config, urls=[s3_url])
+    sizes = sorted(tar.stat().st_size + Path(f"{tar}.idx").stat().st_size for tar in (local / "shards").glob("*.tar"))
     with pytest.raises(ArtifactError, match=rf"max_cache_gb must be at least {sum(sizes[-8:]) / 1e9:.3g}, "):
-        open_parts(config, s3=S3Config(), cache=open_cache(config, urls=[s3_url]))
+        check_room(open_parts(config, s3=S3Config(), cache=cache), cache=cache)
 
 
 def test_a_shard_that_is_gone_ends_the_run_with_its_name(local: Path, s3_url: str, tmp_path: Path) -> None:

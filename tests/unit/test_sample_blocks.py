@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from synthetic_shards import write_manifest_of
 
+from pipeline.sample_blocks import SampleBlocks
 from pipeline.shard_set import ShardSet
-from pipeline.shards import ShardSample, ShardWriter, canonical_json
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, ShardWriter, canonical_json, open_shard
+from pipeline.storage import ArtifactError, open_storage
 
 
 def metadata_of(number: int) -> dict[str, Any]:
-    """Captions from nothing to several blocks, labels of one digit to ten, some without."""
-    caption = None if number % 7 == 0 else 'a {caption} with "label":1, ' * (number % 50)
+    """Captions from nothing to several blocks, one longer than bulk reading takes; labels up to ten digits, or none."""
+    caption = None if number % 7 == 0 else 'a {caption} with "label":1, ' * (200 if number == 40 else (number % 9) ** 2)
     label = None if number % 5 == 0 else 7**number % 10**10
     return {"caption": caption, "extra": {"label": 3, "n": [1, {"label": 2}]}, "label": label, "width": 30 * number}
 
@@ -59,6 +60,27 @@ def test_bulk_reading_gives_the_samples_that_were_written(
         assert codes_BT.dtype == labels_B.dtype == np.int64
         assert codes_BT.tolist() == [codes[i][v].tolist() for i, v in zip(indices, views, strict=True)]
         assert labels_B.tolist() == [labels[i] for i in indices]
+
+
+def test_samples_whose_json_is_of_different_lengths_are_accepted_together(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", num_views=2, codes_per_side=4, codebook_size=16, samples_per_shard=(30,))
+    reader = open_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar")
+    layout = SampleBlocks(num_views=2, codes_per_image=16, codebook_size=16)
+    starts, ends, views = reader.byte_offsets[:-1] // 512, reader.byte_offsets[1:] // 512, np.arange(30) % 2
+    assert len(set((ends - starts).tolist())) > 2
+    blocks = reader.blocks[layout.block_numbers(starts, ends, views_B=views)]
+    assert layout.decode(blocks, spans_B=ends - starts, views_B=views).is_read_B.all()
+
+
+def test_a_sample_that_the_index_makes_too_long_is_damaged(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", num_views=1, codes_per_side=4, codebook_size=16, samples_per_shard=(3,))
+    path = tmp_path / "set" / "shards" / "00000.tar.idx"
+    offsets = np.frombuffer(path.read_bytes(), dtype="<u8").copy()
+    offsets[-1] += 512  # one of the zero blocks that end the tar
+    path.write_bytes(offsets.tobytes())
+    batch = ShardSet.open(tmp_path / "set").try_read_batch(np.arange(3), views=np.zeros(3, dtype=np.int64))
+    assert list(batch.damages) == [2]
+    assert "sample 2 must be codes and JSON of one key, got more after them" in str(batch.damages[2])
 
 
 def outcome(shard_set: ShardSet, index: int) -> tuple[list[int], int] | str:

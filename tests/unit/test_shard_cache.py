@@ -1,5 +1,6 @@
 """The cache of shards: whole entries only, within its bound, shared by processes, whatever is killed."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -85,6 +86,21 @@ def test_entries_in_use_stay_and_a_cache_full_of_them_is_an_error(
     assert entries(cache) == {entry_of(storage, 0), entry_of(storage, 2)}
 
 
+def test_an_entry_stays_while_any_of_its_readers_uses_it(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)
+    cache = ShardCache(tmp_path / "cache", max_bytes=int(1.5 * entry_bytes(storage)))
+    first = open_shard(cache, storage, 0)
+    second = open_shard(ShardCache(tmp_path / "cache", max_bytes=cache.max_bytes), storage, 0)
+    del first
+    with pytest.raises(ArtifactError, match="must have room beside the shards in use"):
+        open_shard(cache, storage, 1)
+    assert is_right(second, 0)
+    del second
+    assert is_right(open_shard(cache, storage, 1), 1)
+
+
 def test_a_mapped_entry_whose_file_is_removed_is_still_read(storage: Storage, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
     reader = open_shard(cache, storage, 0)
@@ -115,6 +131,12 @@ def test_an_entry_of_another_size_is_downloaded_again(storage: Storage, tmp_path
     open_shard(cache, storage, 0)
     os.truncate(cache.directory / entry_of(storage, 0), 1000)
     assert is_right(open_shard(cache, storage, 0), 0)
+
+
+def test_a_sha256_that_would_be_a_path_is_refused(storage: Storage, tmp_path: Path) -> None:
+    info = dataclasses.replace(infos(storage)[0], sha256="../" + "0" * 61)
+    with pytest.raises(ArtifactError, match=r"sha256 in its manifest must be 64 hex digits, got '\.\./000"):
+        ShardCache(tmp_path / "cache", max_bytes=10**9).open(storage, f"shards/{info.name}", info=info)
 
 
 def test_a_missing_shard_is_named(storage: Storage, tmp_path: Path) -> None:
