@@ -1,15 +1,18 @@
-"""The tokenize job against the bare encoder, one worker against two, and the job against a plain Ray Data pipeline.
+"""The tokenize job against the bare encoder, one worker against two, and the job against two Ray Data pipelines.
 
 All on the same images, cores and encoder, in one run: 64 px PNGs (real emoji) in tars, the shipped tokenizer, one
-thread a worker. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; the Ray Data
-pipeline's comes from the difference of a long and a short run. `--light` takes an encoder of random weights that costs
-next to nothing, so that what the two pipelines add is all that is seen. JSON lines; the last one holds the ratios.
+thread a worker. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; a Ray Data
+pipeline's comes from the difference of a long and a short run. `plain` is what one writes first; `tuned` takes all that
+this project does for an encoder: its decoder and crop inside the actor, one thread, its allocator settings, as the bare
+encoder has them too. `--light` takes an encoder of random weights that costs next to nothing, so that what the
+pipelines add is all that is seen. JSON lines; the last one holds the ratios.
 """
 
 import argparse
 import io
 import json
 import multiprocessing
+import os
 import sys
 import tarfile
 import tempfile
@@ -23,10 +26,12 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from bench_decode import plain_crop
+from PIL import Image
 
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig, TokenizeConfig
-from pipeline.pool import PoolState, WorkerPool
+from pipeline.pool import PoolState, WorkerPool, worker_environment
 from pipeline.sources.registry import make_source
 from pipeline.worker import Finished
 from tokenization.config import TokenizerConfig, VQConfig
@@ -104,12 +109,25 @@ def bare_encoder(tokenizer: TokenizerConfig, num_processes: int, *, num_images: 
         context.Process(target=encode_from_memory, args=(tokenizer, num_batches, barrier, results))
         for _ in range(num_processes)
     ]
-    for process in processes:
-        process.start()
+    with environment(worker_environment(num_threads=1)):
+        for process in processes:
+            process.start()
     rates = [results.get() for _ in processes]
     for process in processes:
         process.join()
     return sum(rates)
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Processes started in the body get these variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def job_rate(tokenizer: TokenizerConfig, urls: str, run_dir: Path, *, num_workers: int) -> tuple[float, float]:
@@ -139,8 +157,21 @@ def job_rate(tokenizer: TokenizerConfig, urls: str, run_dir: Path, *, num_worker
     return num_images / (end_s - ready_s), ready_s - asked_s
 
 
-class Encode:
-    """The encoder as an actor of a Ray Data pipeline: decode, crop, encode a batch."""
+class EncodePlain:
+    """The encoder as one writes it first: images come decoded by Ray, are cropped by Pillow, and encoded."""
+
+    def __init__(self, tokenizer: TokenizerConfig) -> None:
+        self._tokenizer = Tokenizer.load(tokenizer)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Turn a batch of samples into codes; alpha is dropped, not blended."""
+        images = [np.asarray(plain_crop(Image.fromarray(image).convert("RGB"), 64)) for image in batch["png"]]
+        codes = self._tokenizer.encode(np.stack(images)).astype(np.uint16)
+        return {"__key__": batch["__key__"], "json": batch["json"], "codes.npy": list(codes)}
+
+
+class EncodeTuned:
+    """The encoder with this project's decoder and crop in the same actor, and nothing decoded elsewhere."""
 
     def __init__(self, tokenizer: TokenizerConfig) -> None:
         self._tokenizer = Tokenizer.load(tokenizer, num_threads=1)
@@ -156,15 +187,44 @@ class Encode:
         return {"__key__": batch["__key__"], "json": metadata, "codes.npy": list(codes)}
 
 
-def ray_data_seconds(tokenizer: TokenizerConfig, urls: list[str], output: Path) -> float:
-    """Seconds of the plain pipeline over the tars: read_webdataset -> map_batches(actor) -> write_webdataset."""
+PIPELINES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "plain": (EncodePlain, {}, {}),
+    "tuned": (
+        EncodeTuned,
+        {"decoder": None},
+        {"num_cpus": 1, "runtime_env": {"env_vars": worker_environment(num_threads=1)}},
+    ),
+}
+"""Actor, arguments of `read_webdataset` and of `map_batches`, by name."""
+
+
+def ray_data_seconds(name: str, tokenizer: TokenizerConfig, urls: list[str], output: Path) -> float:
+    """Seconds of a pipeline over the tars: read_webdataset -> map_batches(actor) -> write_webdataset."""
+    encode, read, options = PIPELINES[name]
     start_s = time.perf_counter()
     (
-        ray.data.read_webdataset(urls, decoder=None)
-        .map_batches(Encode, fn_constructor_args=(tokenizer,), batch_size=BATCH_SIZE, concurrency=2, num_cpus=1)
+        ray.data.read_webdataset(urls, **read)
+        .map_batches(encode, fn_constructor_args=(tokenizer,), batch_size=BATCH_SIZE, concurrency=2, **options)
         .write_webdataset(str(output))
     )
     return time.perf_counter() - start_s
+
+
+def ray_data_rate(name: str, tokenizer: TokenizerConfig, paths: list[str], output: Path) -> float:
+    """Images/s of a pipeline between a third of the tars and all of them; prints what it is made of."""
+    with ray_session(ClusterConfig(num_workers=2)):
+        short_s = ray_data_seconds(name, tokenizer, paths[: len(paths) // 3], output / "short")
+        long_s = ray_data_seconds(name, tokenizer, paths, output / "long")
+    num_images = (len(paths) - len(paths) // 3) * SAMPLES_PER_TAR
+    rate = num_images / (long_s - short_s)
+    say(
+        what=f"ray data, {name}",
+        images_per_s=rate,
+        with_start_images_per_s=len(paths) * SAMPLES_PER_TAR / long_s,
+        short_s=short_s,
+        long_s=long_s,
+    )
+    return rate
 
 
 @contextmanager
@@ -211,7 +271,7 @@ def main() -> None:
         paths = [str(path) for path in sorted((root / "tars").glob("*.tar"))]
         tokenizer = light_tokenizer(root / "light.safetensors") if arguments.light else SHIPPED
         bare = {n: bare_encoder(tokenizer, n, num_images=num_images // 4) for n in (1, 2)}
-        memory: dict[str, dict[str, float]] = {"job": {}, "ray_data": {}}
+        memory: dict[str, dict[str, float]] = {"job": {}, **{name: {} for name in PIPELINES}}
         rates = {}
         with ray_session(ClusterConfig(num_workers=2)):
             for num_workers in (1, 2):
@@ -225,18 +285,16 @@ def main() -> None:
         bare[2] = (bare[2] + again) / 2
         say(what="bare encoder", processes=1, images_per_s=bare[1])
         say(what="bare encoder", processes=2, images_per_s=bare[2], second_measurement=again)
-        with ray_session(ClusterConfig(num_workers=2)), peak_memory(memory["ray_data"]):
-            short_s = ray_data_seconds(tokenizer, paths[: num_tars // 3], root / "short")
-            long_s = ray_data_seconds(tokenizer, paths, root / "long")
-        ray_data = (num_images - num_tars // 3 * SAMPLES_PER_TAR) / (long_s - short_s)
-        say(what="ray data", images_per_s=ray_data, short_s=short_s, long_s=long_s)
+        ray_data = {}
+        for name in PIPELINES:
+            with peak_memory(memory[name]):
+                ray_data[name] = ray_data_rate(name, tokenizer, paths, root / name)
         say(
             images=num_images,
             job_over_bare_encoder=rates[2] / bare[2],
             two_workers_over_one=rates[2] / rates[1],
-            job_over_ray_data=rates[2] / ray_data,
-            job_peak_mb=memory["job"]["peak_mb"],
-            ray_data_peak_mb=memory["ray_data"]["peak_mb"],
+            **{f"job_over_{name}_ray_data": rates[2] / rate for name, rate in ray_data.items()},
+            **{f"{name}_peak_mb": peak["peak_mb"] for name, peak in memory.items()},
         )
 
 
