@@ -76,7 +76,8 @@ def test_steps_without_a_finite_loss_are_skipped_counted_named_and_limited(shard
     assert {line["step"]: line["samples"] for line in skipped} == {
         step: names for step, names in expected.items() if step <= 6
     }
-    assert {(line["loss"], line["grad_norm"]) for line in skipped} == {("nan", "nan")}
+    assert {line["loss"] for line in skipped} == {"nan"}
+    assert {line["grad_norm"] for line in skipped} <= {"nan", "inf"}  # ZeRO 2 says inf for both
 
     # Two more are one too many; the count has survived the resume.
     limit = len(skipped) + 1
@@ -84,7 +85,7 @@ def test_steps_without_a_finite_loss_are_skipped_counted_named_and_limited(shard
     code, output = run(config.model_copy(update={"num_steps": 40, "max_skipped_steps": limit}))
     assert code != 0
     assert f"train step {last}: at most max_skipped_steps = {limit} steps may have a loss or gradient norm" in output
-    assert f"got {limit + 1} (loss nan, norm nan)" in output
+    assert f"got {limit + 1} (loss nan, norm " in output
     assert [line["step"] for line in read_json_lines(run_dir / "skipped_steps.jsonl")] == sorted(expected)[: limit + 1]
     assert list_checkpoints(open_storage(str(run_dir))) == [6]
 
@@ -104,4 +105,6 @@ def test_a_run_that_skips_every_step_ends_with_the_weights_that_it_began_with(
     assert checkpoint is not None
     before, after = build_model(config.model).state_dict(), checkpoint.read_weights()
     before.pop(LABEL_TABLE)
+    if dtype == "bfloat16":  # DeepSpeed takes its float32 weights from those that it computes with
+        before = {name: weight.bfloat16().float() for name, weight in before.items()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
