@@ -3,15 +3,15 @@
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from ray.cluster_utils import Cluster
+from ray_cluster import lose_second_node, second_raylet
 
 from pipeline.config import TokenizeConfig
 from pipeline.storage import Storage, open_storage
@@ -65,25 +65,34 @@ def num_records(storage: Storage) -> int:
     return sum(name.endswith(".json") for name in storage.list("ledger/"))
 
 
-def run_with_kills(config: TokenizeConfig, directory: Path, *, seed: int, num_kills: int) -> Counter[str]:
-    """Run a job to its end through SIGKILLs at seeded moments, each after a further commit; returns their numbers.
+def run_with_kills(
+    config: TokenizeConfig, directory: Path, *, cluster: Cluster, kills: dict[str, int], seed: int
+) -> None:
+    """Run a job to its end through SIGKILLs in a seeded order, each at a seeded moment after a further commit.
 
-    About every third kill is the driver's, which is then started again; the others are a worker's.
+    Args:
+        config: the job; it joins `cluster`, on whose second node all of its workers are.
+        directory: where the job's log is added to `log.txt`.
+        cluster: loses its second node and gets another, which no unit is done without.
+        kills: how many of each: `driver` (started again each time), `worker`, `node`.
+        seed: of order and moments.
     """
-    choices, kills = random.Random(seed), Counter[str]()
+    choices = random.Random(seed)
+    victims = [victim for victim, number in kills.items() for _ in range(number)]
+    choices.shuffle(victims)
     storage = open_storage(config.run_dir, s3=config.s3)
     driver = start(config, directory)
-    while kills.total() < num_kills:
+    for victim in victims:
         before = num_records(storage)
         wait_until(lambda before=before: num_records(storage) > before, driver=driver)  # type: ignore[misc]
         time.sleep(choices.uniform(0.0, 0.6))
-        if choices.random() < 0.3:
+        wait_until(lambda: bool(workers_of(second_raylet(cluster))), driver=driver)
+        if victim == "driver":
             kill(driver)
             driver = start(config, directory)
-            kills["driver"] += 1
-        elif workers := workers_of(driver.pid):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                choices.choice(workers).send_signal(signal.SIGKILL)
-                kills["worker"] += 1
+        elif victim == "node":
+            lose_second_node(cluster)
+            cluster.add_node(num_cpus=config.cluster.num_workers)
+        else:
+            choices.choice(workers_of(second_raylet(cluster))).kill()
     finish(driver, directory)
-    return kills

@@ -107,3 +107,18 @@ def files_of(run_dir: Path) -> dict[str, bytes]:
         for path in sorted(run_dir.rglob("*"))
         if path.is_file() and path.parent.name != "ledger" and path.name not in VOLATILE
     }
+
+
+def ten_crop_job(corpus: Path, run_dir: Path | str, **fields: Any) -> TokenizeConfig:
+    """The job over a corpus of `write_ten_crop_corpus`; ten views a sample make a unit last about a second."""
+    source = {"kind": "webdataset", "urls": [f"{corpus}/tars/*.tar"]}
+    views = {"kind": "ten_crop"}
+    return tokenize_config(run_dir, source=source, weights=corpus / "tiny.safetensors", views=views, **fields)
+
+
+def write_ten_crop_corpus(root: Path, *, num_tars: int, samples_per_tar: int) -> Path:
+    """Tars, a tokenizer, and in `whole/` the set of an uninterrupted run of `ten_crop_job`; returns `root`."""
+    write_tiny_tokenizer(root / "tiny.safetensors")
+    write_tars(root / "tars", num_tars=num_tars, samples_per_tar=samples_per_tar)
+    tokenize_here(ten_crop_job(root, root / "whole"))
+    return root

@@ -1,4 +1,4 @@
-"""SIGKILL to the driver and to a worker of a tokenize job: the rerun ends in the bytes of an uninterrupted run."""
+"""SIGKILL to driver, workers and nodes of a tokenize job: the rerun ends in the bytes of an uninterrupted run."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray_cluster import running_cluster
 from tokenize_process import finish, kill, num_records, run_with_kills, start, wait_until, workers_of
-from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
+from toy_corpus import files_of, ten_crop_job, write_ten_crop_corpus
 
-from pipeline.config import ClusterConfig, TokenizeConfig
 from pipeline.ledger import read_manifest, read_poison
 from pipeline.local_storage import find_staged
 from pipeline.status import read_status
@@ -27,33 +27,19 @@ pytestmark = pytest.mark.timeout(900)  # about a minute on two idle cores; each 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, its tokenizer, and in `whole/` the set of an uninterrupted run."""
-    root = tmp_path_factory.mktemp("corpus")
-    write_tiny_tokenizer(root / "tiny.safetensors")
-    write_tars(root / "tars", num_tars=NUM_UNITS, samples_per_tar=40)
-    tokenize_here(job(root, root / "whole"))
-    return root
+    return write_ten_crop_corpus(tmp_path_factory.mktemp("corpus"), num_tars=NUM_UNITS, samples_per_tar=40)
 
 
 @pytest.fixture(scope="module")
 def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `corpus`, of many small units."""
-    root = tmp_path_factory.mktemp("long")
-    write_tiny_tokenizer(root / "tiny.safetensors")
-    write_tars(root / "tars", num_tars=LONG_NUM_UNITS, samples_per_tar=12)
-    tokenize_here(job(root, root / "whole"))
-    return root
+    return write_ten_crop_corpus(tmp_path_factory.mktemp("long"), num_tars=LONG_NUM_UNITS, samples_per_tar=12)
 
 
 def contents_of(storage: Storage) -> dict[str, bytes]:
     """The shards, indices, rejects and manifest of a set."""
     names = [*storage.list("shards/"), *storage.list("rejects/"), "manifest.json"]
     return {name: storage.read_bytes(name) for name in names}
-
-
-def job(corpus: Path, run_dir: Path | str) -> TokenizeConfig:
-    source = {"kind": "webdataset", "urls": [f"{corpus}/tars/*.tar"]}
-    # Ten views a sample make a unit last about a second.
-    return tokenize_config(run_dir, source=source, weights=corpus / "tiny.safetensors", views={"kind": "ten_crop"})
 
 
 def is_agent(process: psutil.Process) -> bool:
@@ -72,7 +58,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 @pytest.mark.parametrize("names", [["units are done"], pytest.param(list(MOMENTS), marks=pytest.mark.slow)])
 def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, names: list[str]) -> None:
     run_dir = tmp_path / "set"
-    config = job(corpus, run_dir)
+    config = ten_crop_job(corpus, run_dir)
     left_behind: list[psutil.Process] = []
     for name in names:
         driver = start(config, tmp_path)
@@ -94,7 +80,7 @@ def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, 
 def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "set"
     storage = open_storage(str(run_dir))
-    config = job(corpus, run_dir).model_copy(update={"cluster": ClusterConfig(num_workers=1)})
+    config = ten_crop_job(corpus, run_dir, cluster={"num_workers": 1})
     driver = start(config, tmp_path)
     wait_until(lambda: num_records(storage) >= 1 and bool(workers_of(driver.pid)), driver=driver)
     workers_of(driver.pid)[0].send_signal(signal.SIGKILL)
@@ -108,7 +94,7 @@ def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_p
 def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corpus: Path, tmp_path: Path) -> None:
     """Only the unit at fault is given up, though other units were in the hands of the workers that it killed."""
     run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))
-    config = job(corpus, run_dir)
+    config = ten_crop_job(corpus, run_dir)
     driver = start(config, tmp_path, PYTHONPATH=f"{POISON_SITE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     assert driver.wait(timeout=240) == 1
     log = (tmp_path / "log.txt").read_text()
@@ -127,15 +113,21 @@ def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_twenty_kills_end_in_the_bytes_of_a_clean_run(
-    long_corpus: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str
+@pytest.mark.parametrize(
+    ("place", "kills"),
+    [("local", {"driver": 6, "worker": 8, "node": 6}), ("s3", {"driver": 4, "worker": 4, "node": 4})],
+    ids=["local", "s3"],
+)
+def test_many_kills_of_drivers_workers_and_nodes_end_in_the_bytes_of_a_clean_run(
+    long_corpus: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str, kills: dict[str, int]
 ) -> None:
     run_dir = str(tmp_path / "set") if place == "local" else request.getfixturevalue("s3_url")
-    config = job(long_corpus, run_dir).model_copy(update={"max_attempts": 20})
-    kills = run_with_kills(config, tmp_path, seed=5, num_kills=20)
-    assert kills.total() >= 20
-    assert min(kills["driver"], kills["worker"]) >= 4
+    # Only now: its workers inherit the address of the S3 server.
+    with running_cluster(head_cpus=0, second_node_cpus=2) as cluster:
+        fields = {"max_attempts": 20, "cluster": {"address": cluster.address, "num_workers": 2}}
+        config = ten_crop_job(long_corpus, run_dir, **fields)
+        run_with_kills(config, tmp_path, cluster=cluster, kills=kills, seed=5)
+    assert "its node was lost" in (tmp_path / "log.txt").read_text()
     storage = open_storage(run_dir)
     assert verify_shard_set(storage) == []  # which also finds staged leftovers and a ledger that does not balance
     assert contents_of(storage) == contents_of(open_storage(str(long_corpus / "whole")))

@@ -4,14 +4,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
+from ray_cluster import lose_second_node, running_cluster
 from tokenize_process import finish, num_records, start, wait_until, workers_of
-from toy_corpus import files_of, tokenize_config, tokenize_here, write_tars, write_tiny_tokenizer
+from toy_corpus import files_of, ten_crop_job, write_ten_crop_corpus
 
-from pipeline.config import TokenizeConfig
 from pipeline.status import read_status
 from pipeline.storage import open_storage
 from pipeline.verify import verify_shard_set
@@ -23,17 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, its tokenizer, and in `whole/` the set of an uninterrupted run."""
-    root = tmp_path_factory.mktemp("corpus")
-    write_tiny_tokenizer(root / "tiny.safetensors")
-    write_tars(root / "tars", num_tars=NUM_UNITS, samples_per_tar=20)
-    tokenize_here(job(root, root / "whole"))
-    return root
-
-
-def job(corpus: Path, run_dir: Path, **fields: Any) -> TokenizeConfig:
-    source = {"kind": "webdataset", "urls": [f"{corpus}/tars/*.tar"]}
-    views = {"kind": "ten_crop"}
-    return tokenize_config(run_dir, source=source, weights=corpus / "tiny.safetensors", views=views, **fields)
+    return write_ten_crop_corpus(tmp_path_factory.mktemp("corpus"), num_tars=NUM_UNITS, samples_per_tar=20)
 
 
 def num_working() -> int:
@@ -43,21 +32,19 @@ def num_working() -> int:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without room for workers."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    yield cluster
-    cluster.shutdown()
+    """Two nodes with room for one worker each."""
+    with running_cluster(head_cpus=1, second_node_cpus=1) as cluster:
+        yield cluster
 
 
 @pytest.mark.slow
 def test_a_lost_node_costs_its_units_in_flight_and_no_attempt(corpus: Path, tmp_path: Path, cluster: Cluster) -> None:
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))
     # A single attempt: if the loss of a node cost one, the job would fail.
-    config = job(corpus, run_dir, max_attempts=1, cluster={"address": cluster.address, "num_workers": 2})
+    config = ten_crop_job(corpus, run_dir, max_attempts=1, cluster={"address": cluster.address, "num_workers": 2})
     driver = start(config, tmp_path)
     wait_until(lambda: num_records(storage) >= 1 and num_working() == 2, driver=driver)
-    cluster.remove_node(nodes[0], allow_graceful=False)
+    lose_second_node(cluster)
     finish(driver, tmp_path)
     assert "its node was lost" in (tmp_path / "log.txt").read_text()
     assert files_of(run_dir) == files_of(corpus / "whole")
@@ -79,7 +66,7 @@ def test_a_full_disk_fails_the_job_in_plain_words_and_a_larger_one_completes_it(
     corpus: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     run_dir, storage = small_disk / "set", open_storage(str(small_disk / "set"))
-    config = job(corpus, run_dir)
+    config = ten_crop_job(corpus, run_dir)
     driver = start(config, tmp_path)
     assert driver.wait(timeout=240) == 1
     log = (tmp_path / "log.txt").read_text()
