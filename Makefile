@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check bench lock clean
+.PHONY: help venv demo test test-slow test-all check bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -26,8 +26,10 @@ demo: $(STAMP)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures 
 test: $(STAMP)  ## unit, parity, integration and short fault tests (minutes)
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP)  ## everything, the slow fault tests included
-	$(PYTEST)
+test-slow: $(STAMP)  ## the slow tests alone: kills, damage, every ZeRO stage
+	$(PYTEST) -m slow
+
+test-all: test test-slow  ## both
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
