@@ -45,8 +45,9 @@ def export_directory(
     from training.export import export_run  # noqa: PLC0415  (imports torch)
 
     done = export_run(url, to=to, output=output, use_ema=use_ema, step=step, s3=s3)
-    use = f"warm_start={output}" if to == "llamagen" else f"weights={output}"
-    return f"weights: {output} ({done.num_tensors} tensors, {done.what} of step {done.step})\nnext:    --set {use}"
+    part, use = ("the base model", "warm_start") if to == "llamagen" else ("the model", "weights")
+    told = f"{done.num_tensors} tensors of {part}, {done.what} of step {done.step}"
+    return f"weights: {output} ({told})\nnext:    --set {use}={output}"
 
 
 def _llamagen_lines(done: LlamaGenExport) -> str:

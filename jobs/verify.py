@@ -48,8 +48,9 @@ def _verify_run(storage: Storage) -> Verdict:
     steps = list_checkpoints(storage)
     problems = {step: verify_checkpoint(storage, step) for step in steps}
     whole = ", ".join(str(step) for step in steps if not problems[step]) or "none"
+    told = f"{len(steps)} checkpoints of a training run; whole are those of step {whole}"
     return Verdict(
-        checked=f"{len(steps)} checkpoints of a training run; whole are those of step {whole}",
+        checked=told if steps else "a training run without a checkpoint",
         problems=[problem for found in problems.values() for problem in found],
     )
 

@@ -2,7 +2,8 @@
 
 A case is `{"spec": train spec, "until": step, "saves": steps, "into": run_dir}`: an engine resumes what the spec's
 run_dir holds, takes steps on fixed batches up to `until`, and saves at the steps named, into another directory where
-`into` says so. Rank 0 writes the losses of each case by step. Many cases in one process spare the start of torch.
+`into` says so. Rank 0 writes the losses of each case by step; of a case that `fails` on every rank, the error of each.
+Many cases in one process spare the start of torch.
 """
 
 import json
@@ -60,9 +61,19 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[int, float]:
     return losses
 
 
+def run_or_fail(case: dict[str, Any], ranks: Ranks) -> dict[int, float] | list[str]:
+    if not case.get("fails"):
+        return run(case, ranks)
+    try:
+        run(case, ranks)
+    except Exception as error:
+        return ranks.gather(str(error))
+    raise AssertionError("it did not fail")
+
+
 def main() -> None:
     ranks = join_ranks()
-    results = [run(case, ranks) for case in json.loads(Path(sys.argv[1]).read_text())]
+    results = [run_or_fail(case, ranks) for case in json.loads(Path(sys.argv[1]).read_text())]
     if ranks.is_first:
         Path(sys.argv[2]).write_text(json.dumps(results))
     leave_ranks(ranks)

@@ -33,7 +33,7 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Takes AdamW's step, then moves the averages of what it updated: parameters in the groups that have a gradient.
+        """Takes AdamW's step, then moves the averages of what it updated: what has a gradient now.
 
         ZeRO swaps its partitions in and out of the groups around a call, one at a time.
         """

@@ -143,11 +143,22 @@ class EngineConfig(Config):
     activation_checkpointing: bool = False
     """Whether each block's activations are computed again in backward: about a third more time, far less memory."""
     compile_mode: Literal["none", "default", "max-autotune"] = "none"
-    """torch.compile of every block; losses then differ in the last bits from those without."""
+    """torch.compile of every block (ZeRO 0 to 2); losses then differ in the last bits from those without."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in 10^12 FLOP/s, for MFU; none measures a matrix product at start."""
     step_timeout_s: PositiveFloat = 600.0
     """Seconds without a finished step (or save) after which a rank counts as hung and the run ends, naming it."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> EngineConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, got 0; set zero_stage: 1 or turn it off")
+        if self.compile_mode != "none" and self.zero_stage == 3:
+            raise ValueError(
+                f"compile_mode must be none at zero_stage 3, whose hooks gather weights inside every block, "
+                f"got {self.compile_mode!r}; set zero_stage: 2 or compile_mode: none"
+            )
+        return self
 
     def grad_accumulation(self, world_size: int) -> int:
         """Micro steps per step on `world_size` ranks.

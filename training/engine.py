@@ -2,11 +2,13 @@
 
 Invariant: the optimiser is torch's AdamW in float32, decays matrices only, and its learning rate is set by us as a
 pure function of the step, so that nothing about the schedule needs saving. ZeRO 0-3, bfloat16 or float32, clipping,
-grad accumulation derived from the batch. Nothing is compiled at start (DeepSpeed's own Adam would take 80 s).
+grad accumulation derived from the batch; a step whose norm is not finite changes nothing. DeepSpeed's own Adam is not
+used: it takes 80 s to compile at start.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
@@ -21,6 +23,7 @@ from torch import nn
 from training.adamw import AVERAGE, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
+from training.tensorar import TensorAR
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +77,53 @@ def deepspeed_settings(config: EngineConfig, *, max_grad_norm: float, world_size
         "steps_per_print": 2**31,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Overlap needs device streams; on CPU it only adds copies.
-            "overlap_comm": torch.cuda.is_available(),
-            "contiguous_gradients": True,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by the same AdamW
+        "zero_optimization": _zero_settings(config),
     }
 
 
-def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engine:
+def _zero_settings(config: EngineConfig) -> dict[str, Any]:
+    has_cuda = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "stage": config.zero_stage,
+        # Overlap needs device streams; on CPU it only adds copies.
+        "overlap_comm": has_cuda,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+    }
+    if config.offload_optimizer:
+        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
+    return settings
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check the keys of DeepSpeed's config against DeepSpeed's own names: it ignores what it does not know on top.
+
+    Raises:
+        ValueError: a key that the installed DeepSpeed does not read, or a block that its model refuses.
+    """
+    from deepspeed.runtime import constants  # noqa: PLC0415  (see `build_engine`)
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: PLC0415
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: PLC0415
+
+    blocks = {"bf16": DeepSpeedBF16Config, "zero_optimization": DeepSpeedZeroConfig}
+    scalars = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
+    for key, value in settings.items():
+        if key not in blocks and (key not in scalars or isinstance(value, dict)):
+            near = difflib.get_close_matches(key, [*blocks, *scalars], n=1)
+            hint = f"did you mean {near[0]}?" if near else "remove it"
+            raise ValueError(f"deepspeed settings: every key must be one of DeepSpeed's own, got {key!r}; {hint}")
+    for key, model in blocks.items():
+        unknown = set(settings.get(key, {})) - set(model.model_fields)
+        if unknown:
+            raise ValueError(
+                f"deepspeed settings: every key of {key} must be one of DeepSpeed's own, got {sorted(unknown)}; "
+                f"correct it"
+            )
+
+
+def build_engine(model: TensorAR, *, config: TrainConfig, ranks: Ranks) -> Engine:
     """Return the DeepSpeed engine of `model`, in training mode; rank 0's weights are broadcast.
 
     Raises:
@@ -96,9 +134,11 @@ def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engi
     settings = deepspeed_settings(
         config.engine, max_grad_norm=config.optimizer.max_grad_norm, world_size=ranks.world_size
     )
+    check_settings(settings)
+    _prepare_blocks(model, config.engine)
     optimizer = AdamW(
         parameter_groups(model, weight_decay=config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
+        lr=0.0,  # at ZeRO 0 in bfloat16 DeepSpeed takes a step with zero gradients here: it must change nothing
         betas=config.optimizer.betas,
         ema_decay=config.optimizer.ema_decay,
         fused=True,
@@ -107,7 +147,16 @@ def build_engine(model: nn.Module, *, config: TrainConfig, ranks: Ranks) -> Engi
         model=model.to(ranks.device), optimizer=optimizer, config=settings, dist_init_required=False
     )
     engine.clip_fp32_gradients = lambda: None  # `take_step` clips them by the norm that it needs anyway
+    optimizer.state.clear()
+    set_learning_rate(engine, config.optimizer.learning_rate)
     return engine
+
+
+def _prepare_blocks(model: TensorAR, config: EngineConfig) -> None:
+    model.base.recomputes_activations = config.activation_checkpointing
+    if config.compile_mode != "none":
+        for block in model.base.layers:
+            block.compile(mode=config.compile_mode)  # in place: the names of the weights stay
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
@@ -145,12 +194,25 @@ def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415  (see `build_engine`)
 
+    masters = _whole_masters(engine)
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
         if is_kept:
-            weights[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True)
+            weights[name] = _to_cpu(masters.get(parameter, parameter) if full is None else full)
     return weights
+
+
+def _whole_masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
+    """The float32 weights of each bfloat16 parameter at ZeRO 0, where every rank holds all of them; else empty."""
+    pairs = zip(
+        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=False
+    )
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def link_optimizer_states(engine: Engine) -> None:
@@ -175,13 +237,15 @@ def full_average(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (see `build_engine`)
 
     link_optimizer_states(engine)
+    masters = _whole_masters(engine)
     averages: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_optimizer_state(parameter, AVERAGE)
-        if full is None:  # ZeRO 0 in float32: torch's own optimiser
-            full = engine.optimizer.state[parameter].get(AVERAGE, parameter)
+        if full is None:  # ZeRO 0: what never had a gradient has no state, and is its own average
+            master = masters.get(parameter, parameter)
+            full = engine.optimizer.state[master].get(AVERAGE, master)
         if is_kept:
-            averages[name] = full.detach().to("cpu", torch.float32, copy=True)
+            averages[name] = _to_cpu(full)
     return averages
 
 
@@ -212,37 +276,41 @@ def take_step(engine: Engine, *, may_update: bool) -> float | None:
 
 def _take_plain_step(engine: Engine, *, may_update: bool) -> float:
     """The step of ZeRO 0 in float32, where DeepSpeed would clip without telling the norm and update with any."""
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    is_finite = math.isfinite(float(norm))
-    if not (may_update and is_finite):
+    gradients, norm = _whole_gradients(engine)
+    if not (may_update and math.isfinite(norm)):
         engine.zero_grad()  # AdamW leaves alone what has no gradient
-    elif engine.gradient_clipping() > 0.0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+    elif engine.gradient_clipping() > 0.0 and norm > engine.gradient_clipping():
+        torch._foreach_mul_(gradients, engine.gradient_clipping() / (norm + 1e-6))
     engine.step()
-    return float(norm)
+    return norm
+
+
+def _whole_gradients(engine: Engine) -> tuple[list[torch.Tensor], float]:
+    """The reduced gradients of ZeRO 0, whole on every rank, and their norm."""
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return gradients, float(torch.nn.utils.get_total_norm([gradient.float() for gradient in gradients]))
 
 
 def _discard_gradients(engine: Engine) -> float:
     """Return the norm of gradients that are dropped as DeepSpeed itself drops those whose norm is not finite."""
-    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors  # noqa: PLC0415
+    from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: PLC0415  (see `build_engine`)
 
     optimizer = engine.optimizer
     infinity = torch.tensor(math.inf, device=engine.device)
-    if hasattr(optimizer, "fp32_groups_gradients_flat"):  # ZeRO 0 in bfloat16
-        norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0])
-        for gradients in optimizer.fp32_groups_gradients_flat:
-            gradients.fill_(math.inf)
+    if engine.zero_optimization_stage() == 0:
+        gradients, norm = _whole_gradients(engine)
+        gradients[0].fill_(math.inf)
         engine.step()
-    elif hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
-        norm = optimizer.scaled_global_norm()
-        with _replaced(optimizer, "scaled_global_norm", lambda: infinity):
-            engine.step()
-    else:  # ZeRO 3
-        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        return norm
+    if engine.zero_optimization_stage() == 3:
+        norm = float(combine_grad_norm_groups(optimizer._get_norm_groups()))
         with _replaced(optimizer, "_get_norm_groups", lambda: [infinity]):
             engine.step()
-    return float(norm)
+        return norm
+    norm = float(optimizer.scaled_global_norm())
+    with _replaced(optimizer, "scaled_global_norm", lambda: infinity):
+        engine.step()
+    return norm
 
 
 @contextmanager

@@ -147,9 +147,7 @@ def check_coverage(shapes: dict[str, tuple[int, ...]], layouts: list[FragmentLay
     for name, shape in shapes.items():
         end = 0
         for start, after in sorted(intervals[name]):
-            if start != end:
-                break
-            end = after
+            end = after if start == end else -1  # a hole or an overlap, which nothing after it mends
         if end != prod(shape):
             raise ArtifactError(
                 f"{doing}: every element of {name} {list(shape)} must be in one rank's file, got "

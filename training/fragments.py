@@ -56,12 +56,9 @@ class Fragments:
         """
         masters = _masters(engine)
         states = [_states(engine, master) for master in masters]
-        held = [
-            (master, state, piece)
-            for master, state in zip(masters, states, strict=True)
-            for piece in _written(engine, master)
+        self._held = [
+            (state, piece) for master, state in zip(masters, states, strict=True) for piece in _written(engine, master)
         ]
-        self._held = [(state, piece) for _, state, piece in held]
         self.layout = FragmentLayout(
             kinds=tuple(states[0]) if states else (WEIGHTS,),
             fragments={piece.name: (piece.start, piece.start + piece.num_elements) for _, piece in self._held},
@@ -101,7 +98,7 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         optimizer_steps: steps that the optimiser counts.
 
     Raises:
-        ArtifactError: the files do not hold all of this engine's parameters.
+        ArtifactError: the files do not hold all elements of the engine.
     """
     masters = _masters(engine)
     by_name: dict[str, list[tuple[_Master, _Piece]]] = {}
@@ -115,8 +112,8 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         missing -= _restore_from(engine, file, by_name)
     if missing:
         raise ArtifactError(
-            f"resume: the checkpoint must hold every parameter of the model, got none of {missing} elements; "
-            "use the model section that it was trained with"
+            f"resume: the files must hold every element of the model, got none of {missing} of them; verify the run "
+            "and use another checkpoint"
         )
     if optimizer_steps:
         for master in masters:
@@ -209,7 +206,10 @@ def _replicas(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _is_partitioned(engine: Engine) -> bool:
-    return bool(engine.zero_optimization())
+    return any(
+        hasattr(engine.optimizer, masters)
+        for masters in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    )
 
 
 def _written(engine: Engine, master: _Master) -> tuple[_Piece, ...]:

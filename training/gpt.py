@@ -16,6 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from training.config import ModelConfig
 
@@ -176,7 +177,11 @@ class LabelEmbedding(nn.Module):
 
 
 class GPT(nn.Module):
-    """LlamaGen's class-conditional decoder; state-dict keys and order are LlamaGen's."""
+    """LlamaGen's class-conditional decoder; state-dict keys and order are LlamaGen's.
+
+    With `recomputes_activations`, a block keeps only its input for backward and computes the rest again, with the same
+    dropout.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -187,6 +192,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes_activations = False
         self.apply(init_weights)
         nn.init.zeros_(self.output.weight)
 
@@ -217,7 +223,10 @@ class GPT(nn.Module):
         rotary = table[start : start + x_BLD.shape[1]]
         h = self.dropout(x_BLD)
         for layer, block in enumerate(self.layers):
-            h = block(h, rotary, cache=cache, layer=layer, start=start)
+            if self.recomputes_activations and torch.is_grad_enabled():
+                h = checkpoint(block, h, rotary, cache=cache, layer=layer, start=start, use_reentrant=False)
+            else:
+                h = block(h, rotary, cache=cache, layer=layer, start=start)
         out: Tensor = h
         return out
 

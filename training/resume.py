@@ -24,7 +24,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.fragment_file import FragmentFile
-from training.fragments import Engine, restore_fragments
+from training.fragments import Engine, parameter_shapes, restore_fragments
 from training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def resume_engine(engine: Engine, *, config: TrainConfig, record: CheckpointReco
     began = time.perf_counter()
     storage = open_storage(config.run_dir, s3=config.s3)
     directory = checkpoint_name(record.step)
+    _check_shapes(parameter_shapes(engine), record.shapes, doing=f"resume {storage.url_of(directory)}")
     # Begin where most of this rank's elements are: with the same world size and stage no other file is opened.
     first = engine.global_rank * record.world_size // engine.world_size
     names = [f"{directory}/{file.name}" for file in record.files[first:] + record.files[:first]]
@@ -92,6 +93,16 @@ def _same_on_all(ranks: Ranks, storage: Storage) -> list[int]:
     if isinstance(found, ArtifactError):
         raise found
     return found
+
+
+def _check_shapes(model: dict[str, tuple[int, ...]], checkpoint: dict[str, tuple[int, ...]], *, doing: str) -> None:
+    differing = [name for name in {**model, **checkpoint} if model.get(name) != checkpoint.get(name)]
+    if differing:
+        name = differing[0]
+        raise ArtifactError(
+            f"{doing}: parameters must have the checkpoint's shapes, got {len(differing)} that differ ({name}: there "
+            f"{checkpoint.get(name)}, in the model {model.get(name)}); set the model section back or use a new run_dir"
+        )
 
 
 def _check_tokenizer(storage: Storage, record: CheckpointRecord, *, fingerprint: Fingerprint) -> None:

@@ -8,6 +8,7 @@ is host memory for one copy of the rank's state; without `checkpoint.background`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -207,7 +208,9 @@ class _Write:
         logger.info("checkpoint step=%d committed write_s=%.2f bytes=%d", self._step, seconds, num_bytes)
 
     def _report(self, report: RankReport) -> None:
-        self._storage.write_json(self._report_name(self._ranks.rank), report.model_dump(mode="json"))
+        # Where the file is local, rank 0 may read the report and rename its directory before the write returns.
+        with contextlib.suppress(FileNotFoundError):
+            self._storage.write_json(self._report_name(self._ranks.rank), report.model_dump(mode="json"))
 
     def _report_name(self, rank: int) -> str:
         return f"{self._directory}/rank_{rank:05d}.{self._token}.json"

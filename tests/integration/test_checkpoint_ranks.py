@@ -2,23 +2,46 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
+from synthetic_shards import fingerprint_of
 
-from pipeline.storage import open_storage
-from training.checkpoint import checkpoint_name, read_record
+from jobs.cli import main
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import CheckpointRecord, checkpoint_name, list_checkpoints, read_record
 from training.config import TrainConfig
+from training.ranks import Ranks
+from training.resume import find_checkpoint
+from training.weights import load_model
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_ranks.py"
-ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
+
+
+class Mode(NamedTuple):
+    """How an engine holds its state."""
+
+    zero_stage: int
+    dtype: str
+    offload: bool = False
+
+
+FAST = [Mode(2, "bfloat16"), Mode(3, "float32")]
+ALL = [
+    *(Mode(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")),
+    *(Mode(stage, "bfloat16", offload=True) for stage in (1, 2, 3)),
+]
 State = dict[str, npt.NDArray[np.float32]]
 
 
@@ -41,8 +64,8 @@ def spec_of(run_dir: Path, *, zero_stage: int, dtype: str = "float32", **changes
     return TrainConfig.model_validate(spec).model_dump(mode="json")
 
 
-def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[dict[int, float]]:
-    """The losses of each case by step."""
+def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list[Any]:
+    """The losses of each case by step, or the error of every rank."""
     asked, answered = directory / "cases.json", directory / "results.json"
     asked.write_text(json.dumps(cases))
     done = subprocess.run(
@@ -57,7 +80,10 @@ def run(cases: list[dict[str, Any]], *, num_ranks: int, directory: Path) -> list
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [{int(step): loss for step, loss in losses.items()} for losses in json.loads(answered.read_text())]
+    results = json.loads(answered.read_text())
+    return [
+        {int(step): loss for step, loss in result.items()} if isinstance(result, dict) else result for result in results
+    ]
 
 
 def state_of(run_dir: Path, step: int) -> State:
@@ -87,33 +113,148 @@ def equal(one: State, other: State) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def check_bit_for_bit(modes: list[tuple[int, str]], directory: Path) -> None:
-    cases = []
-    for stage, dtype in modes:
-        whole, halves = (directory / f"{name}-{stage}-{dtype}" for name in ("whole", "halves"))
-        cases += [
-            {"spec": spec_of(whole, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 3, "saves": [2, 3]},
-            {"spec": spec_of(halves, zero_stage=stage, dtype=dtype), "until": 6, "saves": [6]},
-        ]
-    results = iter(run(cases, num_ranks=2, directory=directory))
-    for stage, dtype in modes:
-        whole, first, second = next(results), next(results), next(results)
-        assert first | second == whole, (stage, dtype)
-        states = [state_of(directory / f"{name}-{stage}-{dtype}", 6) for name in ("whole", "halves")]
+def spec_of_mode(directory: Path, name: str, mode: Mode) -> dict[str, Any]:
+    return spec_of(
+        directory / "-".join(map(str, (name, *mode))),
+        zero_stage=mode.zero_stage,
+        dtype=mode.dtype,
+        engine__offload_optimizer=mode.offload,
+        checkpoint__background=mode.zero_stage != 1,
+    )
+
+
+def halved_cases(modes: list[Mode], directory: Path) -> list[dict[str, Any]]:
+    """Of each mode: six steps at once, three, and the other three."""
+    return [
+        {"spec": spec_of_mode(directory, name, mode), **steps}
+        for mode in modes
+        for name, steps in (
+            ("whole", {"until": 6, "saves": [6]}),
+            ("halves", {"until": 3, "saves": [2, 3]}),
+            ("halves", {"until": 6, "saves": [6]}),
+        )
+    ]
+
+
+def check_bit_for_bit(modes: list[Mode], directory: Path, results: list[Any]) -> None:
+    for index, mode in enumerate(modes):
+        whole, first, second = results[3 * index : 3 * index + 3]
+        assert first | second == whole, mode
+        states = [state_of(directory / "-".join(map(str, (name, *mode))), 6) for name in ("whole", "halves")]
         assert {key.partition("/")[0] for key in states[0]} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-        assert equal(*states), (stage, dtype)
+        assert equal(*states), mode
 
 
-def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    check_bit_for_bit([(2, "bfloat16"), (3, "float32")], tmp_path)
+@pytest.fixture(scope="module")
+def fast_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """Their directory, and what two ranks answered for two modes and for a save where rank 1 cannot write."""
+    directory = tmp_path_factory.mktemp("fast")
+    in_the_way = directory / "failing" / "checkpoints" / "step_00000002.partial" / "rank_00001.safetensors"
+    (in_the_way / "directory").mkdir(parents=True)
+    failing = {"spec": spec_of(directory / "none", zero_stage=2), "until": 3, "saves": [1, 2, 3], "fails": True}
+    cases = [*halved_cases(FAST, directory), failing | {"into": str(directory / "failing")}]
+    return directory, run(cases, num_ranks=2, directory=directory)
+
+
+@pytest.fixture
+def real_run(fast_runs: tuple[Path, list[Any]]) -> Path:
+    """Two checkpoints, of steps 3 and 6, of two ranks under ZeRO 2."""
+    return fast_runs[0] / "halves-2-bfloat16-False"
+
+
+def test_a_resumed_engine_goes_on_bit_for_bit(fast_runs: tuple[Path, list[Any]]) -> None:
+    check_bit_for_bit(FAST, *fast_runs)
 
 
 @pytest.mark.slow
 def test_every_stage_and_dtype_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    check_bit_for_bit(ALL, tmp_path)
+    check_bit_for_bit(ALL, tmp_path, run(halved_cases(ALL, tmp_path), num_ranks=2, directory=tmp_path))
 
 
+def test_a_rank_that_cannot_write_fails_the_run_on_every_rank(fast_runs: tuple[Path, list[Any]]) -> None:
+    directory, results = fast_runs
+    first, second = results[-1]
+    assert "step_00000002.partial/rank_00001" in first
+    assert "failed: [Errno" in first
+    assert "rank_00001.safetensors" in second
+    assert list_checkpoints(open_storage(str(directory / "failing"))) == [1]
+
+
+def found(run_dir: Path) -> CheckpointRecord | None:
+    config = TrainConfig.model_validate(spec_of(run_dir, zero_stage=2))
+    one_rank = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    return find_checkpoint(config, ranks=one_rank, fingerprint=fingerprint_of())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00001.safetensors", "record.json"])
+def test_a_damaged_file_of_the_newest_falls_back_and_is_named(
+    real_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], name: str
+) -> None:
+    shutil.copytree(real_run, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "step_00000006" / name)
+    record = found(tmp_path / "run")
+    assert record is not None
+    assert record.step == 3
+    assert "step_00000006" in caplog.text
+    assert name in caplog.text
+    command = CliRunner().invoke(main, ["verify", str(tmp_path / "run")])
+    assert command.exit_code == 1
+    assert name in command.stderr
+    assert "2 checkpoints of a training run; whole are those of step 3; 1 problems" in command.stderr
+
+
+def test_with_all_damaged_nothing_starts_from_zero(real_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(real_run, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*/rank_00001.safetensors"):
+        truncate(path)
+    with pytest.raises(ArtifactError, match=r"got 2 damaged ones .*step_00000003/rank_00001\.safetensors has"):
+        found(tmp_path / "run")
+
+
+def test_codes_of_another_tokenizer_do_not_go_on(real_run: Path) -> None:
+    config = TrainConfig.model_validate(spec_of(real_run, zero_stage=2))
+    other = fingerprint_of().model_copy(update={"weights_sha256": "11" * 32})
+    with pytest.raises(ArtifactError, match="codes must come from tokenizer"):
+        find_checkpoint(config, ranks=Ranks(rank=0, world_size=1, device=torch.device("cpu")), fingerprint=other)
+
+
+def test_a_run_on_s3_resumes_verifies_loads_and_exports(s3_url: str, tmp_path: Path) -> None:
+    local, remote = tmp_path / "run", f"{s3_url}/run"
+    specs = [spec_of(local, zero_stage=2), spec_of(local, zero_stage=2) | {"run_dir": remote}]
+    cases = [
+        {"spec": specs[0], "until": 4, "saves": [4]},
+        {"spec": specs[1], "until": 2, "saves": [1, 2]},
+        {"spec": specs[1], "until": 4, "saves": [4]},
+    ]
+    whole, first, second = run(cases, num_ranks=2, directory=tmp_path)
+    assert first | second == whole
+    storage = open_storage(remote)
+    assert list_checkpoints(storage) == [2, 4]  # the newest two
+    assert {name.rpartition("/")[2] for name in storage.list("checkpoints/step_00000004/")} == {
+        *("rank_00000.safetensors", "rank_00001.safetensors", "record.json")
+    }
+    assert "2 checkpoints of a training run" in CliRunner().invoke(main, ["verify", remote]).stdout
+    weights = load_model(local)[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in load_model(remote)[0].state_dict().items())
+    output = str(tmp_path / "out.safetensors")
+    command = CliRunner().invoke(main, ["export", remote, "--to", "safetensors", "--ema", "--output", output])
+    assert command.exit_code == 0, command.output
+    averages = load_model(local, use_ema=True)[0].state_dict()
+    assert all(torch.equal(value, averages[name]) for name, value in load_model(output)[0].state_dict().items())
+
+
+@pytest.mark.slow
 def test_another_world_size_and_stage_reads_every_bit(tmp_path: Path) -> None:
     """Each way resumes and saves at once: what it wrote must be what it read."""
     origin = tmp_path / "origin"

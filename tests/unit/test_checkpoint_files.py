@@ -1,4 +1,4 @@
-"""Checkpoint directories: whole or not, found by verifying, damaged ones named and passed over; local and on S3."""
+"""Checkpoint directories: whole or not, found by verifying, damaged ones named and passed over."""
 
 import json
 import logging
@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic_shards import fingerprint_of
+from synthetic_checkpoints import FILES, flip_a_bit, prepare, record_of, remove, truncate, write_checkpoint
 
 from pipeline.local_storage import LocalStorage
-from pipeline.storage import ArtifactError, Storage, open_storage, sha256_of
+from pipeline.storage import ArtifactError, Storage
 from training.checkpoint import (
-    CheckpointRecord,
-    FileRecord,
     checkpoint_name,
     commit_checkpoint,
     list_checkpoints,
@@ -25,51 +23,6 @@ from training.checkpoint import (
     verify_checkpoint,
 )
 from training.config import CheckpointConfig
-
-FILES = {"rank_00000.safetensors": b"weights" * 100, "rank_00001.safetensors": b"moments" * 300}
-
-
-def record_of(step: int) -> CheckpointRecord:
-    files = [(name, data + str(step).encode()) for name, data in FILES.items()]
-    return CheckpointRecord(
-        step=step,
-        samples_consumed=step * 16,
-        num_skipped_steps=1,
-        optimizer_steps=step - 1,
-        world_size=2,
-        zero_stage=2,
-        kinds=("weights",),
-        shapes={"a": (3, 4)},
-        fingerprint=fingerprint_of(),
-        spec={"kind": "train"},
-        packages={"torch": "2"},
-        files=tuple(FileRecord(name=name, num_bytes=len(data), sha256=sha256_of(data)) for name, data in files),
-    )
-
-
-def prepare(storage: Storage, step: int) -> None:
-    for name, data in FILES.items():
-        storage.write_bytes(f"{prepared_name(storage, step)}/{name}", data + str(step).encode())
-        storage.write_bytes(f"{prepared_name(storage, step)}/{name}.report.json", b"{}")
-
-
-def write_checkpoint(storage: Storage, step: int) -> None:
-    prepare(storage, step)
-    commit_checkpoint(storage, record_of(step))
-
-
-def truncate(storage: Storage, name: str) -> None:
-    storage.write_bytes(name, storage.read_bytes(name)[:-3])
-
-
-def flip_a_bit(storage: Storage, name: str) -> None:
-    data = bytearray(storage.read_bytes(name))
-    data[len(data) // 2] ^= 1
-    storage.write_bytes(name, bytes(data))
-
-
-def remove(storage: Storage, name: str) -> None:
-    storage.remove(name)
 
 
 @pytest.fixture
@@ -211,19 +164,3 @@ def test_a_checkpoint_appears_under_its_name_in_one_rename(storage: Storage) -> 
     commit_checkpoint(storage, record_of(5))
     assert path_of(storage, 5).stat().st_ino == inode
     assert not prepared.exists()
-
-
-def test_on_s3_a_checkpoint_is_what_has_a_record_and_the_rest_is_removed(s3_url: str) -> None:
-    storage = open_storage(s3_url)
-    for step in (4, 8, 12):
-        write_checkpoint(storage, step)
-    prepare(storage, 16)
-    remove_old_checkpoints(storage, keep_latest=2, keep_every_n_steps=None, newest_step=12)
-    assert list_checkpoints(storage) == [8, 12]
-    flip_a_bit(storage, f"{checkpoint_name(12)}/rank_00001.safetensors")
-    newest = newest_whole_checkpoint(storage)
-    assert newest is not None
-    assert newest.step == 8
-    remove_partial(storage)
-    directories = {name.split("/")[1] for name in storage.list("checkpoints/")}
-    assert directories == {"step_00000008", "step_00000012"}

@@ -1,10 +1,12 @@
 """What DeepSpeed is told: the batch that adds up, the schedule as a function of the step, decay on matrices only."""
 
+from typing import Any
+
 import pytest
 from torch import nn
 
 from training.config import EngineConfig, OptimizerConfig
-from training.engine import deepspeed_settings, is_written_by, learning_rate_of_step, parameter_groups
+from training.engine import check_settings, deepspeed_settings, is_written_by, learning_rate_of_step, parameter_groups
 
 
 def rates(config: OptimizerConfig, num_steps: int) -> list[float]:
@@ -59,3 +61,41 @@ def test_each_file_is_hashed_by_the_rank_that_writes_it() -> None:
     }
     for name, owner in owners.items():
         assert [rank for rank in range(16) if is_written_by(name, rank=rank)] == [owner]
+
+
+def settings_of(**fields: Any) -> dict[str, Any]:
+    return deepspeed_settings(EngineConfig(**fields), max_grad_norm=1.0, world_size=2)
+
+
+@pytest.mark.parametrize("offload_optimizer", [False, True])
+def test_our_settings_are_keys_that_deepspeed_reads(offload_optimizer: bool) -> None:
+    settings = settings_of(offload_optimizer=offload_optimizer)
+    check_settings(settings)
+    assert ("offload_optimizer" in settings["zero_optimization"]) is offload_optimizer
+
+
+@pytest.mark.parametrize(
+    ("typo", "message"),
+    [
+        ({"gradient_cliping": 1.0}, "got 'gradient_cliping'; did you mean gradient_clipping"),
+        ({"zero_optimisation": {}}, "got 'zero_optimisation'; did you mean zero_optimization"),
+        ({"zero_optimization": {"stagee": 2}}, r"every key of zero_optimization .* got \['stagee'\]"),
+        ({"bf16": {"enable": True}}, r"every key of bf16 .* got \['enable'\]"),
+        ({"train_batch_size": {"a": 1}}, "got 'train_batch_size'"),
+    ],
+)
+def test_a_mistyped_key_is_an_error(typo: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_settings(settings_of() | typo)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"offload_optimizer": True, "zero_stage": 0}, "offload_optimizer needs zero_stage 1, 2 or 3, got 0"),
+        ({"compile_mode": "default", "zero_stage": 3}, "compile_mode must be none at zero_stage 3"),
+    ],
+)
+def test_what_a_zero_stage_cannot_do_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from jobs.export import export_directory
+from pipeline.config import S3Config
+from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError
 from tokenization.config import VQConfig
 from tokenization.fingerprint import Fingerprint
+from training.checkpoint import CheckpointRecord, FileRecord, commit_checkpoint, prepared_name
 from training.config import ModelConfig
+from training.fragment_file import FragmentLayout, write_fragments
+from training.llamagen import load_base_weights, save_base_weights
 from training.tensorar import TensorAR, build_model
-from training.weights import load_base_weights, load_model, read_header, save_model, warm_start
+from training.weights import load_model, read_header, save_model, warm_start
 
 FINGERPRINT = Fingerprint(
     weights_sha256="ab" * 32, network=VQConfig(codebook_size=24), image_size_px=24, batch_size=8, dtype="float32"
@@ -107,12 +114,113 @@ def test_a_tensorar_file_warm_starts_every_module(tmp_path: Path) -> None:
     assert _equal(dict(model.state_dict()), dict(trained.state_dict()))
 
 
-def test_a_checkpoint_directory_stands_for_its_weights(tmp_path: Path) -> None:
-    model = _model()
-    directory = tmp_path / "step_00000012"
-    directory.mkdir()
-    _save(model, directory / "model.safetensors")
-    assert load_model(directory)[1].path == directory / "model.safetensors"
+def _write_run(run_dir: Path, model: TensorAR, *, step: int = 12) -> None:
+    """A run of two ranks that each hold a part of every parameter; the average is the weights plus one."""
+    storage = LocalStorage(run_dir)
+    state = {name: value.detach().numpy().ravel() for name, value in model.state_dict().items()}
+    files = []
+    for rank in (0, 1):
+        cuts = {name: (len(flat) * rank // 3, len(flat) * (rank + 1) // 3) for name, flat in state.items()}
+        cuts = {name: (start, len(state[name]) if rank else end) for name, (start, end) in cuts.items() if start < end}
+        layout = FragmentLayout(kinds=("weights", "ema"), fragments=cuts)
+        weights = [state[name][start:end] for name, (start, end) in cuts.items()]
+        name = f"rank_{rank:05d}.safetensors"
+        with storage.stage(f"{prepared_name(storage, step)}/{name}") as staged_path:
+            written = write_fragments(staged_path, layout, [*weights, *(values + 1 for values in weights)])
+        files.append(FileRecord(name=name, num_bytes=written.num_bytes, sha256=written.sha256))
+    record = CheckpointRecord(
+        step=step,
+        samples_consumed=0,
+        optimizer_steps=step,
+        world_size=2,
+        zero_stage=2,
+        kinds=("weights", "ema"),
+        shapes={name: tuple(value.shape) for name, value in model.state_dict().items()},
+        fingerprint=FINGERPRINT,
+        spec={"model": model.config.model_dump(mode="json")},
+        packages={},
+        files=tuple(files),
+    )
+    commit_checkpoint(storage, record)
+
+
+def _plus_one(model: TensorAR) -> dict[str, Tensor]:
+    return {name: value + 1 for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step_00000012"])
+def test_a_run_and_its_checkpoint_stand_for_their_weights(tmp_path: Path, place: str) -> None:
+    model = _model(window_size=4)
+    _write_run(tmp_path / "run", model)
+    path = tmp_path / "run" / place
+    loaded, file = load_model(path)
+    assert _equal(loaded.state_dict(), model.state_dict())
+    assert (file.config, file.fingerprint, file.step) == (model.config, FINGERPRINT, 12)
+    assert file.path == str(tmp_path / "run" / "checkpoints" / "step_00000012")
+    assert _equal(load_model(path, use_ema=True)[0].state_dict(), _plus_one(model))
+    fresh = build_model(_config(window_size=4))
+    warm_start(fresh, path)
+    assert _equal(fresh.state_dict(), model.state_dict())
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused_by_file(tmp_path: Path) -> None:
+    _write_run(tmp_path, _model())
+    path = tmp_path / "checkpoints" / "step_00000012"
+    (path / "rank_00001.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"step 12 in .* is damaged: step_00000012/rank_00001.safetensors has 0 by"):
+        load_model(path)
+
+
+def test_an_average_is_only_taken_where_there_is_one(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="use_ema must be off for a file"):
+        load_model(_save(_model(), tmp_path / "model.safetensors"), use_ema=True)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_an_exported_run_loads_as_the_run_does(tmp_path: Path, use_ema: bool) -> None:
+    model, output = _model(window_size=4), str(tmp_path / "out.safetensors")
+    _write_run(tmp_path / "run", model)
+    lines = export_directory(str(tmp_path / "run"), to="safetensors", output=output, s3=S3Config(), use_ema=use_ema)
+    assert f"{'average of the weights' if use_ema else 'weights'} of step 12" in lines
+    loaded, file = load_model(output)
+    assert _equal(loaded.state_dict(), _plus_one(model) if use_ema else dict(model.state_dict()))
+    assert (file.config, file.fingerprint, file.step) == (model.config, FINGERPRINT, 12)
+
+
+def test_a_run_exported_for_llamagen_has_exactly_its_keys_and_loads_without_pickles(tmp_path: Path) -> None:
+    model, output = _model(window_size=4), str(tmp_path / "out.pt")
+    _write_run(tmp_path / "run", model)
+    export_directory(str(tmp_path / "run"), to="llamagen", output=output, s3=S3Config(), step=12)
+    loaded = torch.load(output, weights_only=True)
+    assert sorted(loaded) == ["model", "steps"]
+    assert _equal(loaded["model"], dict(model.base.state_dict()))
+    fresh = build_model(_config(window_size=4))
+    warm_start(fresh, output)
+    assert _equal(dict(fresh.base.state_dict()), dict(model.base.state_dict()))
+
+
+def test_llamagens_keys_of_a_named_size_are_the_ones_we_export(tmp_path: Path) -> None:
+    keys = json.loads((Path(__file__).parents[1] / "oracles" / "keys" / "llamagen_gpt_B_c2i.json").read_text())["keys"]
+    with torch.device("meta"):
+        state = build_model(ModelConfig(size="B", window_size=4)).state_dict()
+    save_base_weights(tmp_path / "b.pt", {key: torch.tensor(value.shape) for key, value in state.items()}, step=0)
+    exported = torch.load(tmp_path / "b.pt", weights_only=True)["model"]
+    shapes = {key: shape for key, (shape, kind) in keys.items() if kind == "param"}
+    assert {key: value.tolist() for key, value in exported.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"to": "llamagen", "output": "x.safetensors"}, r"must be a file that ends in \.pt for --to llamagen"),
+        ({"step": 13}, r"must be one of \[12\], got 13"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    _write_run(tmp_path / "run", _model())
+    arguments = {"to": "safetensors", "output": str(tmp_path / "x.safetensors"), "s3": S3Config()} | changes
+    with pytest.raises(ArtifactError, match=message):
+        export_directory(str(tmp_path / "run"), **arguments)
 
 
 @pytest.mark.parametrize(

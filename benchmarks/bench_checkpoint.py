@@ -1,0 +1,148 @@
+"""What a checkpoint costs: the stall of a save against a copy of its bytes in memory, writing, hashing, resuming.
+
+One rank, ZeRO 2, bfloat16, with an average of the weights: 16 bytes of state a parameter. JSON lines; each ratio names
+its baseline, measured in the same process. The first save also makes the buffer; a run pays that once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenization.config import VQConfig
+from tokenization.fingerprint import Fingerprint
+from training.checkpoint import RunState
+from training.config import TrainConfig
+from training.engine import build_engine
+from training.fragments import Engine, Fragments
+from training.loss import window_loss
+from training.ranks import Ranks, join_ranks, leave_ranks
+from training.resume import find_checkpoint, resume_engine
+from training.saver import CheckpointWriter
+from training.tensorar import build_model
+
+FINGERPRINT = Fingerprint(weights_sha256="0" * 64, network=VQConfig(), image_size_px=64, batch_size=8, dtype="float32")
+NUM_REPEATS = 3
+
+
+def spec_of(run_dir: Path, *, num_layers: int, background: bool) -> TrainConfig:
+    """A model of width 512."""
+    return TrainConfig.model_validate(
+        {
+            "kind": "train",
+            "run_dir": str(run_dir),
+            "data": {"shards": "unused"},
+            "model": {"num_layers": num_layers, "num_heads": 8, "model_dim": 512, "codes_per_side": 4},
+            "optimizer": {"ema_decay": 0.999},
+            "engine": {"zero_stage": 2, "dtype": "bfloat16", "global_batch_size": 1},
+            "checkpoint": {"background": background, "keep_latest": 1},
+            "num_steps": 99,
+            "cluster": {"launcher": "torchrun"},
+        }
+    )
+
+
+def engine_of(config: TrainConfig, ranks: Ranks) -> Engine:
+    """A fresh engine."""
+    return build_engine(build_model(config.model), config=config, ranks=ranks)
+
+
+def take_step(engine: Engine, config: TrainConfig) -> None:
+    """One step, after which the optimiser has its state."""
+    codes_BT = torch.zeros(1, config.model.num_positions, dtype=torch.long)
+    engine.backward(window_loss(engine(codes_BT[..., None], torch.zeros(1, dtype=torch.long)), codes_BT).loss)
+    engine.step()
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def measure_saves(config: TrainConfig, engine: Engine, ranks: Ranks) -> dict[str, float]:
+    """Medians over warm saves, and the first one's stall."""
+    writer = CheckpointWriter(config, ranks=ranks, fingerprint=FINGERPRINT)
+    stalls, writes = [], []
+    for step in range(1, NUM_REPEATS + 2):
+        began = time.perf_counter()
+        stalls.append(writer.save(engine, RunState(step=step, samples_consumed=step)))
+        writer._join()
+        writes.append(time.perf_counter() - began)
+    return {
+        "first_stall_s": stalls[0],
+        "stall_s": statistics.median(stalls[1:]),
+        "until_committed_s": statistics.median(writes[1:]),
+    }
+
+
+def copy_s_of(num_bytes: int) -> float:
+    """Seconds to copy that many bytes from memory to memory that was written before."""
+    source, target = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
+    return statistics.median(seconds_of(lambda: target.copy_(source)) for _ in range(NUM_REPEATS))
+
+
+def hash_s_of(num_bytes: int) -> float:
+    """Seconds of sha256 over that many bytes of memory."""
+    data = memoryview(torch.ones(num_bytes // 4).numpy()).cast("B")
+    return seconds_of(lambda: hashlib.sha256(data).digest())
+
+
+def measure_resume(config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+    """Seconds to verify and to read the newest checkpoint into a fresh engine."""
+    engine = engine_of(config, ranks)
+    began = time.perf_counter()
+    record = find_checkpoint(config, ranks=ranks, fingerprint=FINGERPRINT)
+    assert record is not None
+    verified = time.perf_counter()
+    resume_engine(engine, config=config, record=record)
+    return {"verify_s": verified - began, "read_s": time.perf_counter() - verified}
+
+
+def main() -> None:
+    """Measure both ways of saving, then resuming."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-layers", type=int, default=20, help="3.2 M parameters each, beside 17 M of tables")
+    arguments = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = join_ranks()
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {
+            background: spec_of(Path(folder) / "run", num_layers=arguments.num_layers, background=background)
+            for background in (True, False)
+        }
+        engine = engine_of(configs[True], ranks)
+        take_step(engine, configs[True])
+        layout = Fragments(engine).layout
+        num_bytes = 4 * len(layout.kinds) * layout.num_elements
+        copy_s, hash_s = copy_s_of(num_bytes), hash_s_of(num_bytes)
+        size = {"parameters_m": round(layout.num_elements / 1e6, 1), "bytes_mb": round(num_bytes / 1e6)}
+        for background, config in configs.items():
+            found = measure_saves(config, engine, ranks)
+            ratios = {"stall_over_copy": found["stall_s"] / copy_s, "hash_share": hash_s / found["until_committed_s"]}
+            tell("save", background=background, **size, copy_s=copy_s, hash_s=hash_s, **found, **ratios)
+        tell("resume", **size, **measure_resume(configs[True], ranks), copy_s=copy_s)
+    leave_ranks(ranks)
+
+
+def tell(what: str, **values: Any) -> None:
+    """Print one line."""
+    rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in values.items()}
+    print(json.dumps({"what": what} | rounded), flush=True)
+
+
+if __name__ == "__main__":
+    main()
