@@ -1,4 +1,7 @@
-"""One rank of steps that must leave no trace, at every ZeRO stage: `torchrun ... tests/skipped_steps.py`."""
+"""One rank of what an engine promises at every ZeRO stage, in both dtypes: `torchrun ... tests/skipped_steps.py`.
+
+A step that is not taken leaves no trace; recomputed activations change nothing; the average follows the weights.
+"""
 
 import math
 import os
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 
 from training.config import TrainConfig
-from training.engine import Engine, build_engine, take_step
+from training.engine import Engine, build_engine, full_average, full_weights, take_step
 from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.tensorar import build_model
@@ -95,6 +98,23 @@ def changes(before: list[torch.Tensor], after: list[torch.Tensor]) -> Iterator[i
     return (index for index, pair in enumerate(zip(before, after, strict=True)) if not torch.equal(*pair))
 
 
+def check_average(case: tuple[Any, ...], ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    model = build_model(config_of(*case).model)
+    trainer = Trainer(config_of(*case), ranks)
+    assert not getattr(trainer.engine.optimizer, "optimizer", trainer.engine.optimizer).state, "a step before the first"
+    first = full_weights(trainer.engine, is_kept=True)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(first[name], weight.to(getattr(torch, case[1])).float()), name
+    trainer.step(1)
+    second, average = (read(trainer.engine, is_kept=True) for read in (full_weights, full_average))
+    for name, weight in second.items():
+        torch.testing.assert_close(average[name], 0.9 * first[name] + 0.1 * weight, msg=name)
+    is_moved = {name: not torch.equal(average[name], first[name]) for name in first}
+    assert sum(is_moved.values()) > len(is_moved) / 2
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in second.values())
+
+
 def check(case: tuple[Any, ...], ranks: Ranks) -> None:
     disturbed, control = Trainer(config_of(*case), ranks), Trainer(config_of(*case), ranks)
     for step in (1, 2):
@@ -133,6 +153,7 @@ if __name__ == "__main__":
     for case in CASES:
         try:
             check(case, joined)
+            check_average(case, joined)
             if not case[3]:
                 check_recomputed(*case[:2], joined)
         except Exception as error:

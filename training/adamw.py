@@ -38,12 +38,13 @@ class AdamW(torch.optim.AdamW):
         ZeRO swaps its partitions in and out of the groups around a call, one at a time.
         """
         if self.ema_decay is None:
-            return super().step(closure)
+            plain: float | None = super().step(closure)
+            return plain
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
         # Adam fills the state of a parameter only while it is empty, so the average may enter it only after the step.
         begun = {p: p.detach().clone().float() for p in parameters if AVERAGE not in self.state[p]}
-        loss = super().step(closure)
+        loss: float | None = super().step(closure)
         for parameter, average in begun.items():
             self.state[parameter][AVERAGE] = average
         self._move_averages(parameters, decay=self.ema_decay)

@@ -78,18 +78,20 @@ def deepspeed_settings(config: EngineConfig, *, max_grad_norm: float, world_size
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # offloaded states are stepped by the same AdamW
-        "zero_optimization": _zero_settings(config),
+        "zero_optimization": _zero_settings(config, world_size=world_size),
     }
 
 
-def _zero_settings(config: EngineConfig) -> dict[str, Any]:
+def _zero_settings(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
     has_cuda = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "stage": config.zero_stage,
         # Overlap needs device streams; on CPU it only adds copies.
         "overlap_comm": has_cuda,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        # One rank reduces nothing: the copy into a bucket would be wasted.
+        "contiguous_gradients": world_size > 1,
+        # DeepSpeed allocates the bucket anew in every backward; on CPU a large one costs its page faults.
+        "reduce_bucket_size": _BUCKET_ELEMENTS if has_cuda else _BUCKET_ELEMENTS // 10,
         "allgather_bucket_size": _BUCKET_ELEMENTS,
     }
     if config.offload_optimizer:
@@ -147,6 +149,8 @@ def build_engine(model: TensorAR, *, config: TrainConfig, ranks: Ranks) -> Engin
         model=model.to(ranks.device), optimizer=optimizer, config=settings, dist_init_required=False
     )
     engine.clip_fp32_gradients = lambda: None  # `take_step` clips them by the norm that it needs anyway
+    if hasattr(engine.optimizer, "check_overflow"):
+        engine.optimizer.check_overflow = lambda **_: None  # one more pass over what the norm shows as well
     optimizer.state.clear()
     set_learning_rate(engine, config.optimizer.learning_rate)
     return engine
