@@ -186,8 +186,8 @@ class LoaderConfig(Config):
     @model_validator(mode="after")
     def _check_one_is_given(self) -> Self:
         if (self.shards is not None) == bool(self.mixture):
-            got = "both" if self.mixture else "neither"
-            raise ValueError(f"exactly one of shards and mixture must be given, got {got}; keep one")
+            got = "both; keep one" if self.mixture else "neither; give one"
+            raise ValueError(f"exactly one of shards and mixture must be given, got {got}")
         return self
 
     @property

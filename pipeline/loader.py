@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import LoaderConfig, S3Config
 from pipeline.mixture import MixtureSchedule
+from pipeline.open_shards import NUM_THREADS
 from pipeline.order import DrawnSamples, Place, SampleStream, draw_replacements, rank_slice
 from pipeline.philox import Int64Array
 from pipeline.read_ahead import ReadAhead
@@ -26,12 +27,10 @@ from pipeline.shard_cache import GB, ShardCache, default_directory
 from pipeline.shard_set import ReadSamples, ShardSet
 from pipeline.storage import S3_SCHEME, ArtifactError
 
-__all__ = ["NO_LABEL", "Batch", "Loader", "ShardSet", "open_cache", "open_parts"]
+__all__ = ["NO_LABEL", "Batch", "Loader", "ShardSet", "check_room", "open_cache", "open_parts"]
 
 MAX_REPLACEMENTS = 64
 """Samples that are tried in place of a damaged one before the run fails: its shard is then more hole than data."""
-CACHED_WINDOWS = 4
-"""Windows of shards that the cache must have room for: those kept open and the one being downloaded."""
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +132,11 @@ class Loader:
             own = np.flatnonzero(turns.parts_N == number)
             if len(own):
                 samples, indices_B[own] = part.read(turns.positions_N[own])
-                codes_BT[own], labels_B[own] = samples.codes_BT, samples.labels_B
+                if len(own) == size:
+                    codes_BT = samples.codes_BT  # the largest copy of a step, saved
+                else:
+                    codes_BT[own] = samples.codes_BT
+                labels_B[own] = samples.labels_B
                 num_replaced += len(samples.damages)
                 self._check_labels(samples.labels_B, indices_B[own], shard_set=part.shard_set)
         return Batch(
@@ -194,13 +197,12 @@ class _Part:
             epoch=int(drawn.epochs_N[place]),
             part=self._number,
         )
-        for candidate in tried.tolist():
-            index = candidates[candidate]
+        for index in (candidates.start + tried).tolist():
             found = self.shard_set.try_read_batch(np.array([index], dtype=np.int64), views=view)
             if not found.damages:
                 samples.codes_BT[place], samples.labels_B[place] = found.codes_BT[0], found.labels_B[0]
                 logger.warning("replaced a damaged sample by %s: %s", self.shard_set.sample_name(index), error)
-                return index
+                return int(index)
         raise error
 
     def _expect_shards(self, position: int) -> None:
@@ -210,7 +212,7 @@ class _Part:
             self._expected = place
             shards = self._stream.shards_from(place)
             # Each rank of a machine begins with others, so that they download different shards into their cache.
-            self.shard_set.expect(np.roll(shards, -4 * self._rank).tolist())
+            self.shard_set.expect(np.roll(shards, -NUM_THREADS * self._rank).tolist())
 
 
 def open_parts(config: LoaderConfig, *, s3: S3Config, cache: ShardCache | None = None) -> tuple[ShardSet, ...]:
@@ -222,7 +224,7 @@ def open_parts(config: LoaderConfig, *, s3: S3Config, cache: ShardCache | None =
         cache: for shards on S3; see `open_cache`.
 
     Raises:
-        ArtifactError: a set cannot be used, two are of different tokenizers, or the cache is too small for a window.
+        ArtifactError: a set cannot be used, or two are of different tokenizers.
     """
     sets = tuple(
         ShardSet.open(part.shards, s3=s3, cache=cache, window_shards=config.shuffle_window_shards)
@@ -235,8 +237,6 @@ def open_parts(config: LoaderConfig, *, s3: S3Config, cache: ShardCache | None =
                 f"{sets[0].fingerprint.digest} and {other.fingerprint.digest}; tokenize both with the same tokenizer "
                 f"section"
             )
-    if cache is not None:
-        _check_room(sets, config=config, cache=cache)
     return sets
 
 
@@ -248,15 +248,16 @@ def open_cache(config: LoaderConfig, *, urls: Sequence[str]) -> ShardCache | Non
     return ShardCache(directory, max_bytes=int(config.max_cache_gb * GB))
 
 
-def _check_room(sets: Sequence[ShardSet], *, config: LoaderConfig, cache: ShardCache) -> None:
-    needed = 0
-    for shard_set in sets:
-        if shard_set.url.startswith(S3_SCHEME):
-            sizes = sorted((shard.bytes for shard in shard_set.manifest.shards), reverse=True)
-            needed += sum(sizes[: CACHED_WINDOWS * config.shuffle_window_shards])
-    if needed > cache.max_bytes:
+def check_room(shard_sets: Sequence[ShardSet], *, cache: ShardCache | None) -> None:
+    """See that the cache has room for all that these sets keep open, so that no rank waits for another's shards.
+
+    Raises:
+        ArtifactError: it has not.
+    """
+    needed = sum(shard_set.most_cached_bytes for shard_set in shard_sets)
+    if cache is not None and needed > cache.max_bytes:
         raise ArtifactError(
-            f"open shard cache {cache.directory}: data.max_cache_gb must be at least {needed / GB:.3g}, the largest "
-            f"{CACHED_WINDOWS} windows of {config.shuffle_window_shards} shards, got {cache.max_bytes / GB:.3g}; "
-            f"raise it or lower data.shuffle_window_shards"
+            f"open shard cache {cache.directory}: data.max_cache_gb must be at least {needed / GB:.3g}, for the "
+            f"largest shards that may be open together, got {cache.max_bytes / GB:.3g}; raise it or lower "
+            f"data.shuffle_window_shards"
         )

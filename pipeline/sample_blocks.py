@@ -38,8 +38,8 @@ _ZERO = ord("0")
 class Decoded(NamedTuple):
     """What was read of B samples."""
 
-    codes_BT: Int64Array
-    """Codes of the chosen views."""
+    codes_BT: npt.NDArray[np.integer]
+    """Codes of the chosen views, in the dtype they are stored in."""
     labels_B: Int64Array
     """Labels; `NO_LABEL` where a sample has none."""
     is_read_B: BoolArray
@@ -122,7 +122,7 @@ class SampleBlocks:
         codes_BT = self._codes(blocks_BC[:, self._view], views_B=views_B)
         if codes_BT.min() < 0 or codes_BT.max() >= self._codebook_size:
             is_read_B &= (codes_BT.min(axis=1) >= 0) & (codes_BT.max(axis=1) < self._codebook_size)
-        return Decoded(codes_BT=codes_BT.astype(np.int64), labels_B=labels_B, is_read_B=is_read_B)
+        return Decoded(codes_BT=codes_BT, labels_B=labels_B, is_read_B=is_read_B)
 
     def _codes(self, blocks: UInt8Array, *, views_B: Int64Array) -> npt.NDArray[np.integer]:
         content = blocks.reshape(len(blocks), -1)

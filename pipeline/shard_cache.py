@@ -15,6 +15,7 @@ import hashlib
 import logging
 import mmap
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ KEPT_FRACTION = 0.9
 ROOM_WAIT_S = 120.0
 WAIT_INTERVAL_S = 0.1
 PIECE_BYTES = 1 << 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY, _STAGED = ".shard", ".staged"
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,11 @@ class ShardCache:
         Raises:
             ArtifactError: it is missing or not what the manifest says, or the cache has no room for it.
         """
+        if not SHA256.fullmatch(info.sha256):  # it becomes a file name
+            raise ArtifactError(
+                f"download {storage.url_of(name)}: sha256 in its manifest must be 64 hex digits, got {info.sha256!r}; "
+                f"rerun the tokenize job to write the manifest again"
+            )
         num_bytes = info.bytes + 8 * (info.num_samples + 1)
         try:
             with self._entry(storage, name, info=info, num_bytes=num_bytes) as entry:
@@ -134,14 +141,10 @@ class ShardCache:
 
     def _make_room(self, num_bytes: int, *, keep: Path) -> bool:
         """Evict until `num_bytes` more fit, and whether they do; removes what killed processes left."""
-        files = [
-            (entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path))
-            for entry in os.scandir(self.directory)
-            if entry.name.endswith((_ENTRY, _STAGED)) and entry.path != str(keep)
-        ]
+        files = sorted(_found_in(self.directory, but=keep))
         total = num_bytes + sum(size for _, size, _ in files)
         goal = self.max_bytes if total <= self.max_bytes else int(KEPT_FRACTION * self.max_bytes)
-        for _, size, path in sorted(files):
+        for _, size, path in files:
             is_left_over = path.suffix == _STAGED
             if (total > goal or is_left_over) and _remove_unused(path):
                 total -= size
@@ -178,6 +181,15 @@ def _open_whole(path: Path, *, num_bytes: int) -> int | None:
     return descriptor
 
 
+def _found_in(directory: Path, *, but: Path) -> Iterator[tuple[int, int, Path]]:
+    """Yield time of the last use, size and path of every file but one; whatever cleans TMPDIR may remove some."""
+    for path in directory.iterdir():
+        if path.suffix in (_ENTRY, _STAGED) and path != but:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,11 +200,14 @@ def _try_lock(descriptor: int) -> bool:
 
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a living process maps or fills it, and whether it is gone."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
     try:
         if not _try_lock(descriptor):
             return False
-        path.unlink()
+        path.unlink(missing_ok=True)
         return True
     finally:
         os.close(descriptor)

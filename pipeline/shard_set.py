@@ -49,6 +49,7 @@ class ShardSet:
         self._storage, self.manifest, self._cache = storage, manifest, cache
         self.samples_per_shard = np.array([shard.num_samples for shard in manifest.shards], dtype=np.int64)
         self._starts = np.concatenate(([0], np.cumsum(self.samples_per_shard)))
+        self._window_shards = window_shards
         self._open_shards = OpenShards(self._open_reader, max_open=WINDOWS_OPEN * window_shards)
         self._blocks = SampleBlocks(
             num_views=self.num_views, codes_per_image=self.codes_per_image, codebook_size=self.codebook_size
@@ -122,6 +123,14 @@ class ShardSet:
         """T, the codes of every view."""
         return int(self.manifest.codes_per_image)
 
+    @property
+    def most_cached_bytes(self) -> int:
+        """What the shards that are open, and those of one more window, take at most in the cache; 0 without one."""
+        if self._cache is None:
+            return 0
+        sizes = sorted((shard.bytes + 8 * (shard.num_samples + 1) for shard in self.manifest.shards), reverse=True)
+        return sum(sizes[: (WINDOWS_OPEN + 1) * self._window_shards])
+
     def samples_of_shard_with(self, sample_index: int) -> range:
         """Return the indices of all samples that the shard of a sample holds."""
         shard = self._shard_of(sample_index)
@@ -187,7 +196,7 @@ class ShardSet:
         order = np.argsort(sample_indices, kind="stable")
         indices, views_B = sample_indices[order], views[order]
         decoded = self._decode_sorted(indices, views_B)
-        codes_BT, labels_B = np.empty_like(decoded.codes_BT), np.empty_like(decoded.labels_B)
+        codes_BT, labels_B = np.empty(decoded.codes_BT.shape, dtype=np.int64), np.empty_like(decoded.labels_B)
         codes_BT[order], labels_B[order] = decoded.codes_BT, decoded.labels_B
         damages: dict[int, ArtifactError] = {}
         for place in np.flatnonzero(~decoded.is_read_B).tolist():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.loader import open_cache, open_parts
+from pipeline.loader import check_room, open_cache, open_parts
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
 from training.config import TrainConfig
@@ -17,7 +17,7 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     """Return the training sets, in the order of the mixture, and the held-out set where there is one.
 
     Raises:
-        ArtifactError: a set is missing or empty, or was not made for this model.
+        ArtifactError: a set is missing or empty, was not made for this model, or the cache has no room for them.
     """
     held_out_urls = [] if config.validation is None else [config.validation.shards]
     cache = open_cache(config.data, urls=[*(part.shards for part in config.data.parts), *held_out_urls])
@@ -25,8 +25,10 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     for shard_set in shard_sets:
         _check_fits_model(shard_set, config=config)
     if config.validation is None:
+        check_room(shard_sets, cache=cache)
         return shard_sets, None
     held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
+    check_room([*shard_sets, held_out], cache=cache)
     return shard_sets, held_out
 
 

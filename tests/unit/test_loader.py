@@ -1,5 +1,6 @@
-"""The loader against brute force: which samples come when, for every world size and resume point."""
+"""The loader against brute force: what each batch holds, for every world size, mixture and resume point."""
 
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -7,14 +8,15 @@ import numpy as np
 import pytest
 from synthetic_shards import codes_of, fingerprint_of, write_shard_set
 
-from pipeline.config import LoaderConfig
-from pipeline.loader import Batch, Loader
+from pipeline.config import LoaderConfig, S3Config
+from pipeline.loader import Batch, Loader, open_parts
+from pipeline.order import EpochOrder
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
 
 
-def loaders(shards: Path, *, world_size: int, global_batch_size: int = 12) -> list[Loader]:
-    config = LoaderConfig(shards=str(shards), shuffle_window_shards=2, seed=3)
+def loaders(shards: Path, *, world_size: int, global_batch_size: int = 12, read_ahead_batches: int = 0) -> list[Loader]:
+    config = LoaderConfig(shards=str(shards), shuffle_window_shards=2, seed=3, read_ahead_batches=read_ahead_batches)
     return [
         Loader(
             [ShardSet.open(shards)],
@@ -93,6 +95,175 @@ def test_code_outside_of_the_codebook_is_an_error_that_names_the_sample(tmp_path
     shard.write_bytes(bytes(data))
     with pytest.raises(ArtifactError, match=r"sample 000000000 of .*00000\.tar: codes must be in \[0, 16\), got 16"):
         ShardSet.open(shards).read(0)
+
+
+def damage_samples(shards: Path, *keys: str) -> None:
+    """Put a code that is not in the codebook into the samples of shard 00000 that have these keys."""
+    shard = shards / "shards" / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    for key in keys:
+        data[data.index(f"{key}.codes.npy".encode()) + 512 + 128] = 16
+    shard.write_bytes(bytes(data))
+
+
+def replacing_loader(shards: Path, *, rank: int = 0, world_size: int = 1, on_damage: str = "replace") -> Loader:
+    config = LoaderConfig(
+        shards=str(shards), shuffle_window_shards=2, seed=3, on_damage=on_damage, read_ahead_batches=0
+    )
+    return Loader([ShardSet.open(shards)], config=config, global_batch_size=12, rank=rank, world_size=world_size)
+
+
+def test_a_damaged_sample_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5))
+    damage_samples(shards, "000000003")
+    with pytest.raises(ArtifactError, match=r"sample 000000003 of .*/00000\.tar: codes must be in \[0, 16\), got 16"):
+        replacing_loader(shards, on_damage="fail").batch(0)
+
+
+def test_a_damaged_sample_is_replaced_by_another_of_its_shard_counted_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9))
+    whole = [replacing_loader(shards).batch(position) for position in range(0, 84, 12)]  # 4 epochs of 21
+    damage_samples(shards, "000000003", "000000005")
+    loader = replacing_loader(shards)
+    batches = [loader.batch(position) for position in range(0, 84, 12)]
+    assert loader.num_replaced == sum(batch.num_replaced for batch in batches) == 8  # 2 samples in 4 epochs
+    before, after = joined(whole, "sample_indices_B"), joined(batches, "sample_indices_B")
+    assert set(before[before != after].tolist()) == {3, 5}
+    assert set(after[before != after].tolist()) <= {0, 1, 2, 4, 6}
+    assert not {3, 5} & set(after.tolist())
+    assert joined(batches, "counters_B").tolist() == list(range(84))
+    for index, label, codes_T in zip(after, joined(batches, "labels_B"), joined(batches, "codes_BT"), strict=True):
+        assert label == index % 4
+        assert codes_T.tolist() in codes_of(int(index), num_views=1, codebook_size=16, num_codes=16).tolist()
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 8
+    assert all("/shards/00000.tar" in line and "codes must be in [0, 16), got 16" in line for line in lines)
+    for world_size in (2, 3, 4):
+        for position in range(72, -1, -24):
+            parts = [replacing_loader(shards, rank=r, world_size=world_size).batch(position) for r in range(world_size)]
+            assert joined(parts, "sample_indices_B").tolist() == after[position : position + 12].tolist()
+
+
+def test_a_shard_without_a_whole_sample_ends_the_run(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(2, 5))
+    damage_samples(shards, "000000000", "000000001")
+    with pytest.raises(ArtifactError, match=r"sample 00000000[01] of .*/00000\.tar"):
+        replacing_loader(shards).batch(0)
+
+
+def test_samples_are_named_by_shard_and_key(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9))
+    loader = loaders(shards, world_size=2)[1]
+    batch = loader.batch(24)
+    names = []
+    for index in batch.sample_indices_B.tolist():
+        shard, position = next((s, index - f) for s, f, n in ((0, 0, 7), (1, 7, 5), (2, 12, 9)) if f <= index < f + n)
+        names.append(f"{shards}/shards/{shard:05d}.tar:{shard:05d}{position:04d}")
+    assert loader.sample_names(batch) == names
+
+
+def test_reading_ahead_changes_nothing_and_any_position_may_follow(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9), num_views=3)
+    batches = {}
+    for depth in (0, 1, 3):
+        config = LoaderConfig(shards=str(shards), shuffle_window_shards=2, seed=3, read_ahead_batches=depth)
+        with Loader([ShardSet.open(shards)], config=config, global_batch_size=6, rank=0, world_size=1) as loader:
+            positions = [0, 6, 12, 18, 6, 6, 100, 106, 1, 7, 0]
+            batches[depth] = [loader.batch(p).codes_BT.tolist() for p in positions]
+    assert batches[0] == batches[1] == batches[3]
+
+
+def test_an_error_comes_with_the_batch_whose_it_is(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(24, 24))
+    order = replacing_loader(shards).batch(0).sample_indices_B.tolist()
+    config = LoaderConfig(shards=str(shards), shuffle_window_shards=1, seed=3, read_ahead_batches=3)
+    in_order = EpochOrder((24, 24), seed=3, epoch=0, window_shards=1).sample_indices(np.arange(48)).tolist()
+    damaged = next(place for place in range(12, 48) if in_order[place] < 24)
+    damage_samples(shards, f"{in_order[damaged]:09d}")
+    assert len(order) == 12
+    with Loader([ShardSet.open(shards)], config=config, global_batch_size=12, rank=0, world_size=1) as loader:
+        for position in (0, 12, 24, 36):
+            if position <= damaged < position + 12:
+                with pytest.raises(ArtifactError, match=f"{in_order[damaged]:09d}"):
+                    loader.batch(position)
+            else:
+                assert loader.batch(position).sample_indices_B.tolist() == in_order[position : position + 12]
+
+
+def test_closing_ends_the_threads(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9))
+    before = threading.active_count()
+    with loaders(shards, world_size=1, read_ahead_batches=2)[0] as loader:
+        loader.batch(0)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def mixture_loaders(sets: list[Path], *, weights: tuple[float, ...], world_size: int, batch: int = 12) -> list[Loader]:
+    parts = tuple({"shards": str(path), "weight": weight} for path, weight in zip(sets, weights, strict=True))
+    config = LoaderConfig(mixture=parts, shuffle_window_shards=2, seed=3, read_ahead_batches=0)
+    shard_sets = open_parts(config, s3=S3Config())
+    return [
+        Loader(shard_sets, config=config, global_batch_size=batch, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1.0, 5.0, 2.5)])
+def test_a_mixture_is_the_same_for_every_world_size_micro_batch_and_resume_point(
+    tmp_path: Path, weights: tuple[float, ...]
+) -> None:
+    sizes = [(7, 5, 9), (3,), (4, 4)]
+    sets = [
+        write_shard_set(tmp_path / str(n), samples_per_shard=size, num_views=n + 1, first_sample=100 * n)
+        for n, size in enumerate(sizes)
+    ]
+    whole = mixture_loaders(sets, weights=weights, world_size=1, batch=144)[0].batch(0)
+    parts, indices = whole.parts_B.tolist(), whole.sample_indices_B.tolist()
+    assert whole.counters_B.tolist() == list(range(144))
+    for part, size in enumerate(map(sum, sizes)):
+        own = [index for index, of in zip(indices, parts, strict=True) if of == part]
+        for start in range(0, len(own) - size + 1, size):  # each whole epoch of the part
+            assert sorted(own[start : start + size]) == list(range(size))
+        share = weights[part] / sum(weights)
+        assert all(abs(parts[:n].count(part) - n * share) <= 1 for n in range(145))
+    for part, index, label, codes_T in zip(parts, indices, whole.labels_B, whole.codes_BT, strict=True):
+        views = codes_of(100 * part + index, num_views=part + 1, codebook_size=16, num_codes=16)
+        assert label == index % 4
+        assert codes_T.tolist() in views.tolist()
+    for world_size in (1, 2, 3, 6):
+        ranks = mixture_loaders(sets, weights=weights, world_size=world_size, batch=6)
+        for position in range(138):  # every resume point
+            batches = [rank.batch(position) for rank in ranks]
+            for field in ("codes_BT", "labels_B", "parts_B", "sample_indices_B", "counters_B"):
+                wanted = getattr(whole, field)[position : position + 6]
+                assert (joined(batches, field) == wanted).all()
+
+
+def test_parts_of_two_tokenizers_are_refused_with_the_names_of_both(tmp_path: Path) -> None:
+    sets = [
+        write_shard_set(tmp_path / "one"),
+        write_shard_set(tmp_path / "two", fingerprint=fingerprint_of("1" * 64)),
+    ]
+    with pytest.raises(
+        ArtifactError, match=r"open mixture of .*/one and .*/two: all codes must come from one tokenizer"
+    ):
+        mixture_loaders(sets, weights=(1.0, 1.0), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of shards and mixture must be given, got neither"),
+        ({"shards": "a", "mixture": [{"shards": "b", "weight": 1}]}, "got both; keep one"),
+        ({"mixture": [{"shards": "b", "weight": 0}]}, "greater than 0"),
+    ],
+)
+def test_a_loader_reads_shards_or_a_mixture(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig.model_validate(fields)
 
 
 def test_codes_of_another_tokenizer_are_refused_at_open(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which sample comes when, against brute force: one epoch, the stream of epochs, views, replacements and ranks."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_the_shards_from_a_place_on_are_those_of_its_window_and_the_next(samples
     places = [stream.place(position) for position in range(3 * size)]
     assert places == sorted(places)
     in_order = sorted(set(places))
-    for place, after in zip(in_order, in_order[1:], strict=False):
+    for place, after in pairwise(in_order):
         own, next_ones = ({s for s, at in zip(shards, places, strict=True) if at == p} for p in (place, after))
         found = stream.shards_from(place)
         assert len(found) == len(set(found))

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from synthetic_shards import write_manifest_of
 
+from pipeline.sample_blocks import SampleBlocks
 from pipeline.shard_set import ShardSet
-from pipeline.shards import ShardSample, ShardWriter
-from pipeline.storage import ArtifactError
+from pipeline.shards import ShardSample, ShardWriter, canonical_json, open_shard
+from pipeline.storage import ArtifactError, open_storage
 
 
 def metadata_of(number: int) -> dict[str, Any]:
-    """Captions from nothing to several blocks, labels of one digit to ten, some without."""
-    caption = None if number % 7 == 0 else 'a {caption} with "label":1, ' * (number % 50)
+    """Captions from nothing to several blocks, one longer than bulk reading takes; labels up to ten digits, or none."""
+    caption = None if number % 7 == 0 else 'a {caption} with "label":1, ' * (200 if number == 40 else (number % 9) ** 2)
     label = None if number % 5 == 0 else 7**number % 10**10
     return {"caption": caption, "extra": {"label": 3, "n": [1, {"label": 2}]}, "label": label, "width": 30 * number}
 
@@ -61,6 +62,27 @@ def test_bulk_reading_gives_the_samples_that_were_written(
         assert labels_B.tolist() == [labels[i] for i in indices]
 
 
+def test_samples_whose_json_is_of_different_lengths_are_accepted_together(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", num_views=2, codes_per_side=4, codebook_size=16, samples_per_shard=(30,))
+    reader = open_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar")
+    layout = SampleBlocks(num_views=2, codes_per_image=16, codebook_size=16)
+    starts, ends, views = reader.byte_offsets[:-1] // 512, reader.byte_offsets[1:] // 512, np.arange(30) % 2
+    assert len(set((ends - starts).tolist())) > 2
+    blocks = reader.blocks[layout.block_numbers(starts, ends, views_B=views)]
+    assert layout.decode(blocks, spans_B=ends - starts, views_B=views).is_read_B.all()
+
+
+def test_a_sample_that_the_index_makes_too_long_is_damaged(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", num_views=1, codes_per_side=4, codebook_size=16, samples_per_shard=(3,))
+    path = tmp_path / "set" / "shards" / "00000.tar.idx"
+    offsets = np.frombuffer(path.read_bytes(), dtype="<u8").copy()
+    offsets[-1] += 512  # one of the zero blocks that end the tar
+    path.write_bytes(offsets.tobytes())
+    batch = ShardSet.open(tmp_path / "set").try_read_batch(np.arange(3), views=np.zeros(3, dtype=np.int64))
+    assert list(batch.damages) == [2]
+    assert "sample 2 must be codes and JSON of one key, got more after them" in str(batch.damages[2])
+
+
 def outcome(shard_set: ShardSet, index: int) -> tuple[list[int], int] | str:
     """Codes of view 1 and label by the reading of one sample, or its error."""
     try:
@@ -70,7 +92,7 @@ def outcome(shard_set: ShardSet, index: int) -> tuple[list[int], int] | str:
         return str(error)
 
 
-def test_every_flipped_byte_is_found_by_both_or_by_none(tmp_path: Path) -> None:
+def test_every_flipped_byte_is_found_as_by_the_reading_of_one_sample(tmp_path: Path) -> None:
     # view 1 of 2 fills its block, so that every byte that bulk reading leaves out belongs to another view
     write_set(tmp_path / "set", num_views=2, codes_per_side=8, codebook_size=70000, samples_per_shard=(6,))
     path = tmp_path / "set" / "shards" / "00000.tar"
@@ -79,20 +101,24 @@ def test_every_flipped_byte_is_found_by_both_or_by_none(tmp_path: Path) -> None:
     start, draws = offsets[2], random.Random(0)
     structure = [*range(512 + 128), *range(512 + 128 + 256, offsets[3] - start)]  # all but the codes of view 0
     views = np.ones(6, dtype=np.int64)
-    is_noticed = []
-    for byte in structure:
+    shard_set = ShardSet.open(tmp_path / "set")
+    right, is_noticed = outcome(shard_set, 2), []
+    for byte in structure[::3]:
         data = bytearray(whole)
         data[start + byte] ^= draws.randrange(1, 256)
         path.write_bytes(data)
-        shard_set = ShardSet.open(tmp_path / "set")
-        batch, expected = shard_set.try_read_batch(np.arange(6), views=views), outcome(shard_set, 2)
-        is_noticed.append(isinstance(expected, str))
-        assert batch.damages.keys() == ({2} if is_noticed[-1] else set())
-        got = str(batch.damages[2]) if is_noticed[-1] else (batch.codes_BT[2].tolist(), batch.labels_B[2])
-        if is_noticed[-1] or byte < 1536:  # the text after its label is the parser's business alone
-            assert got == expected
         shard_set.close()
-    assert all(is_noticed[: 512 + 128])
+        batch, expected = shard_set.try_read_batch(np.arange(6), views=views), outcome(shard_set, 2)
+        got = str(batch.damages[2]) if batch.damages else (batch.codes_BT[2].tolist(), int(batch.labels_B[2]))
+        if isinstance(expected, str) and not batch.damages:  # text that is no JSON, without an effect on its label
+            assert 2048 <= byte < 2048 + len(canonical_json(metadata_of(2)))
+            expected = right
+        assert got == expected
+        assert batch.damages.keys() <= {2}
+        is_noticed.append(bool(batch.damages))
+    assert all(is_noticed[: (512 + 128) // 3])
+    before_text = 2048 - 256  # and after the codes of view 1: padding, the header of the JSON
+    assert all(is_noticed[-(-(512 + 128 + 256) // 3) : before_text // 3])
 
 
 def test_samples_around_a_damaged_one_are_read(tmp_path: Path) -> None:

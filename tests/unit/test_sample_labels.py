@@ -77,6 +77,10 @@ def test_text_that_is_not_as_the_writer_writes_it_is_left_alone(text: bytes) -> 
     assert found([b'{"label":1}', text, b'{"label":2}']) == [1, None, 2]
 
 
+def test_a_text_of_two_lines_does_not_stand_for_another_text() -> None:
+    assert found([b'{"label":3}\n{"label":4}', b'{"caption":"no label"}', b'{"label":5}']) == [None, None, 5]
+
+
 def test_text_that_fills_its_room_or_does_not_fit_it() -> None:
     text = b'{"caption":"a picture","label":3}'
     assert found([text], width=len(text)) == [3]

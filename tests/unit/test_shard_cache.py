@@ -1,0 +1,201 @@
+"""The cache of shards: whole entries only, within its bound, shared by processes, whatever is killed."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_shards import codes_of, write_shard_set
+
+from pipeline import shard_cache
+from pipeline.ledger import read_manifest
+from pipeline.shard_cache import ShardCache
+from pipeline.shards import ShardInfo, ShardReader
+from pipeline.storage import ArtifactError, Storage, open_storage
+
+NUM_SHARDS, SAMPLES = 6, 40
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """A set that stands for one on S3: the cache asks its storage for nothing but two files."""
+    return open_storage(str(write_shard_set(tmp_path / "set", samples_per_shard=(SAMPLES,) * NUM_SHARDS)))
+
+
+def infos(storage: Storage) -> list[ShardInfo]:
+    return read_manifest(storage).shards
+
+
+def open_shard(cache: ShardCache, storage: Storage, number: int) -> ShardReader:
+    info = infos(storage)[number]
+    return cache.open(storage, f"shards/{info.name}", info=info)
+
+
+def is_right(reader: ShardReader, number: int) -> bool:
+    first = number * SAMPLES
+    wanted = [codes_of(first + i, num_views=1, codebook_size=16, num_codes=16).tolist() for i in range(SAMPLES)]
+    return [reader.sample(i).codes_VT.tolist() for i in range(reader.num_samples)] == wanted
+
+
+def entry_bytes(storage: Storage) -> int:
+    return infos(storage)[0].bytes + 8 * (SAMPLES + 1)
+
+
+def entries(cache: ShardCache) -> set[str]:
+    return {path.name for path in cache.directory.iterdir() if not path.name.startswith(".")}
+
+
+def entry_of(storage: Storage, number: int) -> str:
+    return f"{infos(storage)[number].sha256}.shard"
+
+
+def test_a_shard_is_read_from_the_cache_once_it_is_there(storage: Storage, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    assert is_right(open_shard(cache, storage, 2), 2)
+    for path in (tmp_path / "set" / "shards").iterdir():
+        path.unlink()
+    again = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    assert is_right(open_shard(again, storage, 2), 2)
+    assert entries(cache) == {entry_of(storage, 2)}
+
+
+def test_the_least_recently_used_entries_make_room(storage: Storage, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=int(3.4 * entry_bytes(storage)))
+    for number in (0, 1, 2, 0, 3, 4):
+        assert is_right(open_shard(cache, storage, number), number)
+        assert sum(path.stat().st_size for path in cache.directory.iterdir()) <= cache.max_bytes
+        time.sleep(0.01)
+    assert entries(cache) == {entry_of(storage, number) for number in (0, 3, 4)}
+
+
+def test_entries_in_use_stay_and_a_cache_full_of_them_is_an_error(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)
+    cache = ShardCache(tmp_path / "cache", max_bytes=int(2.5 * entry_bytes(storage)))
+    used = [open_shard(cache, storage, number) for number in (0, 1)]
+    with pytest.raises(ArtifactError, match=r"00002\.tar: data\.max_cache_gb must have room beside the shards in use"):
+        open_shard(cache, storage, 2)
+    assert entries(cache) == {entry_of(storage, 0), entry_of(storage, 1)}
+    assert is_right(used.pop(), 1)
+    assert is_right(open_shard(cache, storage, 2), 2)
+    assert entries(cache) == {entry_of(storage, 0), entry_of(storage, 2)}
+
+
+def test_an_entry_stays_while_any_of_its_readers_uses_it(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)
+    cache = ShardCache(tmp_path / "cache", max_bytes=int(1.5 * entry_bytes(storage)))
+    first = open_shard(cache, storage, 0)
+    second = open_shard(ShardCache(tmp_path / "cache", max_bytes=cache.max_bytes), storage, 0)
+    del first
+    with pytest.raises(ArtifactError, match="must have room beside the shards in use"):
+        open_shard(cache, storage, 1)
+    assert is_right(second, 0)
+    del second
+    assert is_right(open_shard(cache, storage, 1), 1)
+
+
+def test_a_mapped_entry_whose_file_is_removed_is_still_read(storage: Storage, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    reader = open_shard(cache, storage, 0)
+    (cache.directory / entry_of(storage, 0)).unlink()
+    assert is_right(reader, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "index"])
+def test_a_shard_that_is_not_as_its_manifest_says_is_refused_and_not_kept(
+    storage: Storage, tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "set" / "shards" / "00001.tar"
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[700] ^= 1
+    path.write_bytes({"cut": data[:-1], "longer": data + b"\0"}.get(damage, data))
+    if damage == "index":
+        path.with_name("00001.tar.idx").write_bytes(bytes(8))
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    with pytest.raises(ArtifactError, match=r"download .*/00001\.tar: (sha256 must be the manifest's|it must have)"):
+        open_shard(cache, storage, 1)
+    assert entries(cache) == set()
+    assert is_right(open_shard(cache, storage, 0), 0)
+
+
+def test_an_entry_of_another_size_is_downloaded_again(storage: Storage, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    open_shard(cache, storage, 0)
+    os.truncate(cache.directory / entry_of(storage, 0), 1000)
+    assert is_right(open_shard(cache, storage, 0), 0)
+
+
+def test_a_sha256_that_would_be_a_path_is_refused(storage: Storage, tmp_path: Path) -> None:
+    info = dataclasses.replace(infos(storage)[0], sha256="../" + "0" * 61)
+    with pytest.raises(ArtifactError, match=r"sha256 in its manifest must be 64 hex digits, got '\.\./000"):
+        ShardCache(tmp_path / "cache", max_bytes=10**9).open(storage, f"shards/{info.name}", info=info)
+
+
+def test_a_missing_shard_is_named(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "set" / "shards" / "00001.tar").unlink()
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    with pytest.raises(ArtifactError, match=r"read .*/00001\.tar: it must be readable"):
+        open_shard(cache, storage, 1)
+    assert entries(cache) == set()
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"it must be a directory of ours to write in.*set data\.cache_dir"):
+        ShardCache(tmp_path / "file" / "cache", max_bytes=1)
+
+
+def open_slowly(directory: Path, set_dir: Path) -> None:
+    """Open shard 0 in a process of its own; its tar is a pipe, so the download lasts as long as the writer wants."""
+    open_shard(ShardCache(directory, max_bytes=10**9), open_storage(str(set_dir)), 0)
+
+
+def test_a_killed_download_leaves_nothing_that_is_trusted(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "set" / "shards" / "00000.tar"
+    whole = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    process = multiprocessing.get_context("fork").Process(
+        target=open_slowly, args=(tmp_path / "cache", tmp_path / "set")
+    )
+    process.start()
+    with path.open("wb", buffering=0) as pipe:
+        pipe.write(whole[:60_000])
+        time.sleep(0.1)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    path.unlink()
+    path.write_bytes(whole)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    assert entries(cache) == {entry_of(storage, 0).replace(".shard", ".staged")}
+    assert is_right(open_shard(cache, storage, 1), 1)  # whoever makes room first removes it
+    assert entries(cache) == {entry_of(storage, 1)}
+    assert is_right(open_shard(cache, storage, 0), 0)
+
+
+def test_processes_that_need_a_shard_wait_for_the_one_that_downloads_it(storage: Storage, tmp_path: Path) -> None:
+    path = tmp_path / "set" / "shards" / "00000.tar"
+    whole = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)  # whose content can be read only once
+    context = multiprocessing.get_context("fork")
+    arguments = (tmp_path / "cache", tmp_path / "set")
+    processes = [context.Process(target=open_slowly, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    with path.open("wb") as pipe:
+        time.sleep(0.3)
+        pipe.write(whole)
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert np.fromfile(tmp_path / "cache" / entry_of(storage, 0), dtype=np.uint8)[: len(whole)].tobytes() == whole

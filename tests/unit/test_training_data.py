@@ -1,0 +1,45 @@
+"""Shard sets that do not fit a train spec's model, or each other, are refused with the field to set."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_shards import fingerprint_of, train_config, write_shard_set
+
+from pipeline.storage import ArtifactError
+from training.data import open_shards
+
+
+def test_all_sets_of_a_spec_are_opened_in_order(tmp_path: Path) -> None:
+    sets = [write_shard_set(tmp_path / name, samples_per_shard=(n,)) for n, name in enumerate("abc", start=1)]
+    parts = [{"shards": str(path), "weight": 1.0} for path in sets[:2]]
+    config = train_config(
+        tmp_path / "run", shards=sets[0], data={"mixture": parts}, validation={"shards": str(sets[2])}
+    )
+    shard_sets, held_out = open_shards(config)
+    assert [shard_set.num_samples for shard_set in shard_sets] == [1, 2]
+    assert held_out is not None
+    assert held_out.num_samples == 3
+    assert open_shards(train_config(tmp_path / "run", shards=sets[0]))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__codebook_size": 32}, r"model\.codebook_size must be that of the codes = 16, got 32; set model\.c"),
+        ({"model__codes_per_side": 5}, r"model\.codes_per_side must be that of the codes = 4, got 5; set model\."),
+    ],
+)
+def test_codes_of_another_shape_than_the_models_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shards = write_shard_set(tmp_path / "set")
+    with pytest.raises(ArtifactError, match=message):
+        open_shards(train_config(tmp_path / "run", shards=shards, **changes))
+
+
+def test_held_out_codes_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set")
+    other = write_shard_set(tmp_path / "other", fingerprint=fingerprint_of("1" * 64))
+    with pytest.raises(ArtifactError, match=r"open shard set .*/other: tokenizer fingerprint must be"):
+        open_shards(train_config(tmp_path / "run", shards=shards, validation={"shards": str(other)}))
