@@ -28,6 +28,8 @@ LIVE_ELEMENTS = 10**9
 """Parameters that ZeRO-3 keeps gathered at most (DeepSpeed's default)."""
 HEAP_BYTES_PER_PARAMETER = {0: 2.5, 1: 2.5, 2: 2.5, 3: 5.0}
 """What malloc keeps of freed tensors below 32 MiB, per parameter in such tensors (CPU, measured)."""
+HEAP_SHARE_OF_ACTIVATIONS = 0.25
+"""What malloc keeps beside activations, over them (CPU, measured: 0 to 0.45)."""
 MMAP_BYTES = 32 * 2**20
 """Larger tensors are mapped by themselves, and given back when they are freed."""
 
@@ -134,7 +136,7 @@ def estimate_memory(
         average=num_states * average,
         gradients=num_gradients * width,
         buckets=_lasting_buckets(bucket, zero_stage=zero_stage, is_cpu=is_cpu),
-        heap=int(HEAP_BYTES_PER_PARAMETER[zero_stage] * _num_on_heap(config.model)) if is_cpu and has_heap else 0,
+        heap=_heap_bytes(config, samples=samples, zero_stage=zero_stage) if is_cpu and has_heap else 0,
         checkpoint_copy=num_own * (12 + average) * config.checkpoint.background,
         activations=gathered + samples * kept_bytes(config, device=device),
         logits=samples * logit_bytes(config),
@@ -197,6 +199,11 @@ def _step_bytes(zero_stage: int, *, width: int) -> int:
     """Bytes per stepped parameter: gradients as one flat tensor and, where they are not, in float32."""
     in_float32 = 4 if width == 2 else 0
     return in_float32 if zero_stage == 0 else in_float32 + width
+
+
+def _heap_bytes(config: TrainConfig, *, samples: int, zero_stage: int) -> int:
+    of_parameters = HEAP_BYTES_PER_PARAMETER[zero_stage] * _num_on_heap(config.model)
+    return int(of_parameters + HEAP_SHARE_OF_ACTIVATIONS * samples * kept_bytes(config, device="cpu"))
 
 
 def _num_on_heap(config: ModelConfig) -> int:
