@@ -22,6 +22,7 @@ from pipeline.config import ClusterConfig
 from pipeline.storage import ArtifactError
 from training.config import TrainConfig
 from training.loop import TrainResult, train
+from training.ranks import collective_timeout
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -83,7 +84,10 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
     trainer = TorchTrainer(
         _train_as_worker,
         train_loop_config={"spec": config.model_dump_json(), "directory": str(Path.cwd()), "flag": flag},
-        torch_config=TorchConfig(backend="nccl" if config.cluster.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if config.cluster.gpus_per_worker else "gloo",
+            timeout_s=int(collective_timeout(config.engine.step_timeout_s).total_seconds()),
+        ),
         scaling_config=_scaling(config.cluster),
         run_config=RunConfig(
             name=f"launch-{secrets.token_hex(4)}",

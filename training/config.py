@@ -147,7 +147,8 @@ class EngineConfig(Config):
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in 10^12 FLOP/s, for MFU; none measures a matrix product at start."""
     step_timeout_s: PositiveFloat = 600.0
-    """Seconds without a finished step (or save) after which a rank counts as hung and the run ends, naming it."""
+    """Seconds that a phase of a step (data, forward, backward, update, a validation batch, a save) may take; after them
+    a rank counts as hung and the run ends, naming it."""
 
     @model_validator(mode="after")
     def _check_stage(self) -> EngineConfig:
@@ -204,7 +205,7 @@ class ValidationConfig(Config):
     """Held-out measurement during training."""
 
     shards: str
-    """Directory of a held-out shard set."""
+    """Directory or s3:// URL of a held-out shard set."""
     every_n_steps: PositiveInt = 500
     num_samples: PositiveInt = 512
     """Samples measured, the same ones every time."""
