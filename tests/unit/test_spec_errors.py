@@ -44,7 +44,7 @@ noise:
   offset_weights: 3
 cluster:
   num_workers: 1.5
-  nodes: 3
+  machines: 3
 """
     assert problems(tmp_path, text) == [
         "spec.yaml:3: num_step is not a field; did you mean num_steps?",
@@ -59,9 +59,9 @@ cluster:
         "spec.yaml:14: engine must be a group of fields, got 5",
         "spec.yaml:16: noise.offset_weights must be a list, got 3",
         "spec.yaml:18: cluster.num_workers must be a whole number, got 1.5",
-        "spec.yaml:19: cluster.nodes is not a field; "
+        "spec.yaml:19: cluster.machines is not a field; "
         "the fields here are launcher, address, num_workers, cpus_per_worker, gpus_per_worker, min_workers, "
-        "max_failures",
+        "node_wait_s, max_failures",
     ]
 
 
