@@ -85,9 +85,9 @@ def test_a_machine_that_has_nothing_to_do_leaves_the_stored_ones_alone(config: T
 
 
 def test_a_storage_that_cannot_be_written_is_a_warning(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
-    broken = config.model_copy(update={"run_dir": "s3://no-such-bucket/run"})
+    broken = config.model_copy(update={"run_dir": "s3://missing-bucket/run"})
     with closing(RunFiles(broken, rank=0)) as files:
         write_metrics(files.directory, after=0, steps=[1])
     shutil.rmtree(local_run_dir(broken.run_dir))
-    assert "metrics and logs of s3://no-such-bucket/run" in caplog.text
+    assert "metrics and logs of s3://missing-bucket/run" in caplog.text
     assert "training goes on" in caplog.text

@@ -152,6 +152,7 @@ def test_accumulated_micro_batches_and_one_rank_train_like_two(shards: Path, tmp
     assert losses[2] == pytest.approx(losses[0], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
     config = config_of(run_dir, shards, num_steps=2000, checkpoint__every_n_steps=1000, validation=None)
