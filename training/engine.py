@@ -11,10 +11,8 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,9 +28,7 @@ logger = logging.getLogger(__name__)
 Engine = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed carries no types."""
 
-_BUCKET_ELEMENTS = 50_000_000
-_TAG = "engine"
-_OWNER = re.compile(r"zero_pp_rank_(\d+)_")
+BUCKET_ELEMENTS = 50_000_000
 
 
 def learning_rate_of_step(config: OptimizerConfig, step: int, *, num_steps: int) -> float:
@@ -91,8 +87,8 @@ def _zero_settings(config: EngineConfig, *, world_size: int) -> dict[str, Any]:
         # One rank reduces nothing: the copy into a bucket would be wasted.
         "contiguous_gradients": world_size > 1,
         # DeepSpeed allocates the bucket anew in every backward; on CPU a large one costs its page faults.
-        "reduce_bucket_size": _BUCKET_ELEMENTS if has_cuda else _BUCKET_ELEMENTS // 10,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS if has_cuda else BUCKET_ELEMENTS // 10,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
     }
     if config.offload_optimizer:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda}
@@ -167,26 +163,6 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def save_partitions(engine: Engine, directory: Path) -> None:
-    """Write the engine's own files below `directory`, every rank its partition; called by every rank."""
-    engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-
-
-def load_partitions(engine: Engine, directory: Path) -> None:
-    """Restore weights and optimiser from what `save_partitions` wrote with the same world size and ZeRO stage.
-
-    The files are pickles: only verified ones of this run may come here.
-    """
-    path, _ = engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
-    assert path is not None, directory
-
-
-def is_written_by(name: str, *, rank: int) -> bool:
-    """Return whether a rank writes the file `name` of `save_partitions`; rank 0 writes all that is nobody's own."""
-    owner = _OWNER.search(name)
-    return rank == (int(owner[1]) if owner else 0)
 
 
 def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
@@ -325,9 +301,3 @@ def _replaced(owner: Any, name: str, method: Callable[[], Any]) -> Iterator[None
         yield
     finally:
         delattr(owner, name)
-
-
-def grad_norm(engine: Engine) -> float | None:
-    """Return the global gradient norm of the last `engine.step()`, before clipping; none at ZeRO 0 in float32."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.config import ModelConfig, TrainConfig
-from training.engine import _BUCKET_ELEMENTS
+from training.engine import BUCKET_ELEMENTS
 from training.gpt import feed_forward_dim
 from training.tensorar import module_hidden_dim, num_added_parameters
 
@@ -125,7 +125,7 @@ def estimate_memory(
     average = 0 if config.optimizer.ema_decay is None else 4
     # In float32 only plain data parallelism steps on the weights themselves.
     master = 0 if zero_stage == 0 and width == 4 else 4
-    bucket = min(_BUCKET_ELEMENTS, num_all) * width
+    bucket = min(BUCKET_ELEMENTS, num_all) * width
     gathered = min(LIVE_ELEMENTS, num_all) * width if zero_stage == 3 and world_size > 1 else 0
     block = samples * _block_bytes(config, device=device) if engine.activation_checkpointing else 0
     return Memory(

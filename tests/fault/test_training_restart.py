@@ -109,14 +109,14 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     shards: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
     section = {"address": cluster.address, "num_workers": 2, "node_wait_s": 2}
-    config = job(shards, tmp_path / "run", cluster=section, num_steps=200, checkpoint__every_n_steps=1000)
+    config = job(shards, tmp_path / "run", cluster=section, num_steps=600, checkpoint__every_n_steps=1000)
     launcher = start(config, tmp_path)
     wait_until(has_taken(config, 2), launcher=launcher)
     announce_preemption(cluster, cluster.worker_nodes.copy().pop())
     log = finish(launcher, tmp_path, exit_code=75)
     stopped_at = measured(config)[-1]["step"]
-    assert 2 <= stopped_at < 200
-    assert f"stopped at step {stopped_at} of 200 because nodes" in log
+    assert 2 <= stopped_at < 600
+    assert f"stopped at step {stopped_at} of 600 because nodes" in log
     cluster.add_node(num_cpus=1)
     finish(start(config, tmp_path), tmp_path)
     assert [line["step"] for line in measured(config)] == list(range(1, 201))

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from training.config import EngineConfig, OptimizerConfig
-from training.engine import check_settings, deepspeed_settings, is_written_by, learning_rate_of_step, parameter_groups
+from training.engine import check_settings, deepspeed_settings, learning_rate_of_step, parameter_groups
 
 
 def rates(config: OptimizerConfig, num_steps: int) -> list[float]:
@@ -50,17 +50,6 @@ def test_only_tensors_of_two_dimensions_or_more_decay() -> None:
     assert others["weight_decay"] == 0.0
     assert sorted(tuple(p.shape) for p in decayed["params"]) == [(2, 3), (4, 3)]
     assert sorted(tuple(p.shape) for p in others["params"]) == [(2,), (3,), (3,)]
-
-
-def test_each_file_is_hashed_by_the_rank_that_writes_it() -> None:
-    owners = {
-        "engine/mp_rank_00_model_states.pt": 0,
-        "zero_to_fp32.py": 0,
-        "engine/zero_pp_rank_3_mp_rank_00_optim_states.pt": 3,
-        "engine/bf16_zero_pp_rank_11_mp_rank_00_optim_states.pt": 11,
-    }
-    for name, owner in owners.items():
-        assert [rank for rank in range(16) if is_written_by(name, rank=rank)] == [owner]
 
 
 def settings_of(**fields: Any) -> dict[str, Any]:
