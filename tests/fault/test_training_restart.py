@@ -119,7 +119,7 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     assert f"stopped at step {stopped_at} of 600 because nodes" in log
     cluster.add_node(num_cpus=1)
     finish(start(config, tmp_path), tmp_path)
-    assert [line["step"] for line in measured(config)] == list(range(1, 201))
+    assert [line["step"] for line in measured(config)] == list(range(1, 601))
 
 
 def test_a_run_that_loses_a_node_goes_on_with_the_ranks_that_are_left(
