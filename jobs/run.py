@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from jobs.spec import Spec
 from pipeline.config import TokenizeConfig
 from pipeline.local_storage import exclusive, local_path
@@ -128,7 +130,7 @@ def remember_spec(spec: Spec) -> None:
         storage = _local(spec.run_dir)
     new = spec.model_dump(mode="json")
     if storage.find(SPEC_NAME) is not None:
-        old = _read(storage)
+        old = _with_new_fields(_read(storage), spec)
         if old == new:
             return
         differing = [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, spec.kind)]
@@ -157,6 +159,13 @@ def _read(storage: Storage) -> dict[str, Any]:
     raise ArtifactError(
         f"read {storage.url_of(SPEC_NAME)}: it must be the JSON of a spec; remove the file if the run is to go on"
     )
+
+
+def _with_new_fields(old: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """A stored spec as this version reads it: fields that were added since it was written have their defaults."""
+    with contextlib.suppress(ValidationError):
+        return type(spec).model_validate(old).model_dump(mode="json")
+    return old
 
 
 def _is_later_rank(spec: Spec) -> bool:
