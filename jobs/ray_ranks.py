@@ -7,19 +7,15 @@ storage is kept; it lies in local scratch. The only file that spells Ray Train's
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import ray
 
 from jobs.stopping import RankStop, StopRequest, raised_on_request, start_flag
 from pipeline.config import ClusterConfig
@@ -80,11 +76,8 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
     # Ray Train reads the variables just set when it is imported.
     from ray.train import FailureConfig, RunConfig  # noqa: PLC0415
     from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE  # noqa: PLC0415
     from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: PLC0415
 
-    # A watcher of Ray Train's asks "the cluster of this machine" whether we live; that may be another one.
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     scratch = tempfile.mkdtemp(prefix="tensorar-ray-train-")
     flag = start_flag()
@@ -104,7 +97,7 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
         ),
     )
     try:
-        with raised_on_request(flag, stop), _address_is_told():
+        with raised_on_request(flag, stop):
             outcome: Outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         raise describe_failure(error) from error
@@ -197,20 +190,6 @@ def _is_of_preemption(error: Exception) -> bool:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())
-
-
-@contextlib.contextmanager
-def _address_is_told() -> Iterator[None]:
-    """Have Ray Train's own actors find this session, whatever other one is started on the machine."""
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
 
 
 def _set_variables(cluster: ClusterConfig) -> None:

@@ -122,18 +122,6 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     assert [line["step"] for line in measured(config)] == list(range(1, 601))
 
 
-def test_another_ray_on_the_machine_does_not_end_the_ranks(shards: Path, tmp_path: Path) -> None:
-    config = job(shards, tmp_path / "run", num_steps=600, checkpoint__every_n_steps=1000)
-    launcher = start(config, tmp_path)
-    wait_until(has_taken(config, 2), launcher=launcher)
-    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        finish(launcher, tmp_path)
-    finally:
-        other.shutdown()
-    assert not (tmp_path / "run" / "restarts.jsonl").exists()
-
-
 def test_a_run_that_loses_a_node_goes_on_with_the_ranks_that_are_left(
     shards: Path, uninterrupted: list[dict[str, Any]], tmp_path: Path, cluster: Cluster
 ) -> None:
