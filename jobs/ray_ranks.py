@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from jobs.stopping import RankStop, StopRequest, raised_on_request, start_flag
 from pipeline.config import ClusterConfig
 from pipeline.storage import ArtifactError
@@ -78,6 +80,9 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
     from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
     from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: PLC0415
 
+    from jobs.ray_cleaner import watch_own_session  # noqa: PLC0415
+
+    watch_own_session()
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     scratch = tempfile.mkdtemp(prefix="tensorar-ray-train-")
     flag = start_flag()
@@ -101,6 +106,9 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
             outcome: Outcome = trainer.fit().return_value
     except TrainingFailedError as error:
         raise describe_failure(error) from error
+    except ray.exceptions.ActorDiedError as error:
+        cause = f"the controller of the ranks died: {_told(error)}"
+        raise RanksFailedError(cause, rank=None, is_worth_retrying=True, is_preemption=False) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return outcome

@@ -55,10 +55,15 @@ def has_taken(config: TrainConfig, step: int) -> Callable[[], bool]:
 
 def ranks_below(pid: int) -> list[psutil.Process]:
     """Return the rank processes among those below `pid`, the oldest first."""
+    return processes_below(pid, "RayTrainWorker")
+
+
+def processes_below(pid: int, name: str) -> list[psutil.Process]:
+    """Return the processes below `pid` whose command line has `name`, the oldest first."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
     return sorted(found, key=lambda process: process.create_time())
 

@@ -12,12 +12,14 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from synthetic_shards import train_config, write_shard_set
-from train_process import finish, has_taken, measured, ranks_below, start, wait_until
+from train_process import finish, has_taken, measured, processes_below, ranks_below, start, wait_until
 
 from jobs.launch import launch_training
 from training.config import TrainConfig
 
 NUM_STEPS = 24
+ENDLESS = 1_000_000
+"""Steps of a run that only a stop ends."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -109,17 +111,51 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     shards: Path, tmp_path: Path, cluster: Cluster
 ) -> None:
     section = {"address": cluster.address, "num_workers": 2, "node_wait_s": 2}
-    config = job(shards, tmp_path / "run", cluster=section, num_steps=600, checkpoint__every_n_steps=1000)
+    config = job(shards, tmp_path / "run", cluster=section, num_steps=ENDLESS, checkpoint__every_n_steps=ENDLESS)
     launcher = start(config, tmp_path)
     wait_until(has_taken(config, 2), launcher=launcher)
     announce_preemption(cluster, cluster.worker_nodes.copy().pop())
     log = finish(launcher, tmp_path, exit_code=75)
     stopped_at = measured(config)[-1]["step"]
-    assert 2 <= stopped_at < 600
-    assert f"stopped at step {stopped_at} of 600 because nodes" in log
+    assert 2 <= stopped_at < ENDLESS
+    assert f"stopped at step {stopped_at} of {ENDLESS} because nodes" in log
     cluster.add_node(num_cpus=1)
-    finish(start(config, tmp_path), tmp_path)
-    assert [line["step"] for line in measured(config)] == list(range(1, 601))
+    launcher = start(config, tmp_path)
+    wait_until(has_taken(config, stopped_at + 2), launcher=launcher)
+    launcher.terminate()
+    finish(launcher, tmp_path, exit_code=75)
+    steps = [line["step"] for line in measured(config)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_killed_controller_of_the_ranks_is_replaced(shards: Path, tmp_path: Path) -> None:
+    config = job(shards, tmp_path / "run", num_steps=ENDLESS, checkpoint__every_n_steps=4)
+    launcher = start(config, tmp_path)
+    wait_until(has_taken(config, 6), launcher=launcher)
+    (controller,) = processes_below(launcher.pid, "TrainController")
+    controller.kill()
+    wait_until(lambda: (tmp_path / "run" / "restarts.jsonl").exists(), launcher=launcher)
+    from_step = restarts(tmp_path / "run")[0]["from_step"]
+    wait_until(has_taken(config, from_step + 20), launcher=launcher)
+    launcher.terminate()
+    finish(launcher, tmp_path, exit_code=75)
+    assert from_step >= 4
+    assert [line["num_ranks"] for line in restarts(tmp_path / "run")] == [2]
+
+
+def test_another_ray_on_the_machine_does_not_end_the_ranks(shards: Path, tmp_path: Path) -> None:
+    config = job(shards, tmp_path / "run", num_steps=ENDLESS, checkpoint__every_n_steps=ENDLESS)
+    launcher = start(config, tmp_path)
+    wait_until(has_taken(config, 2), launcher=launcher)
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        time.sleep(8)  # Ray Train looks every second, and needs one or two to be answered
+        launcher.terminate()
+        finish(launcher, tmp_path, exit_code=75)
+    finally:
+        launcher.kill()
+        other.shutdown()
+    assert not (tmp_path / "run" / "restarts.jsonl").exists()
 
 
 def test_a_run_that_loses_a_node_goes_on_with_the_ranks_that_are_left(

@@ -91,6 +91,18 @@ def test_the_resolved_spec_is_kept_and_another_one_is_refused(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "spec.json").read_text()) == kept
 
 
+def test_a_run_of_a_version_without_a_field_goes_on_with_its_default_only(tmp_path: Path) -> None:
+    path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
+    remember_spec(load_spec(path, [place]))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    kept = json.loads((tmp_path / "run" / "spec.json").read_text())
+    del kept["noise"]["coupling"]  # as if it had been added since
+    (tmp_path / "run" / "spec.json").write_text(json.dumps(kept))
+    remember_spec(load_spec(path, [place, "noise.coupling=independent"]))
+    with pytest.raises(ArtifactError, match=r"noise\.coupling \(there 'independent', in the spec 'shared'\)"):
+        remember_spec(load_spec(path, [place, "noise.coupling=shared"]))
+
+
 def test_fields_that_do_not_change_the_result_are_free(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(path, [place]))
