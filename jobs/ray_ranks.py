@@ -21,6 +21,7 @@ import ray
 
 from jobs.stopping import RankStop, StopRequest, raised_on_request, start_flag
 from pipeline.config import ClusterConfig
+from pipeline.pool import worker_environment
 from pipeline.storage import ArtifactError
 from training.config import TrainConfig
 from training.loop import TrainResult, train
@@ -116,13 +117,8 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
 
 def worker_variables(config: ClusterConfig) -> dict[str, str]:
     """Return the environment variables of a rank under Ray."""
-    variables = {
-        # Idle OpenMP threads that spin would take the core that another rank computes on.
-        "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
+    variables = worker_environment(num_threads=max(1, int(config.cpus_per_worker)))
+    variables |= {"GOMP_SPINCOUNT": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
     if config.gpus_per_worker == 0:
         variables["DS_ACCELERATOR"] = "cpu"
         variables["CUDA_VISIBLE_DEVICES"] = ""

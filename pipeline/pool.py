@@ -36,10 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 def worker_environment(*, num_threads: int) -> dict[str, str]:
-    """Return the environment variables of a process that encodes.
+    """Return the environment variables of a process that runs a network.
 
     A network's activations are blocks of a few MB, which glibc by default maps afresh from the system each time: a
-    tenth to a quarter of an encoder's time on a CPU goes into page faults. Kept, they cost at most 256 MiB of memory.
+    tenth to a quarter of its time on a CPU goes into page faults. Kept, they cost at most 256 MiB of memory. OpenMP's
+    idle threads wait without spinning, which would take the core of another process.
     """
     return {
         "OMP_NUM_THREADS": str(num_threads),
