@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all check bench lock clean
+.PHONY: help venv demo test test-slow test-soak test-all check bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -26,10 +26,13 @@ demo: $(STAMP)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures 
 test: $(STAMP)  ## unit, parity, integration and short fault tests (minutes)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests alone: kills, damage, every ZeRO stage
-	$(PYTEST) -m slow
+test-slow: $(STAMP)  ## kills, damage, ZeRO stages: with `make test` below 40 minutes
+	$(PYTEST) -m "slow and not soak"
 
-test-all: test test-slow  ## both
+test-soak: $(STAMP)  ## the longest ones: kill storms on S3, kills at the other stages and dtypes
+	$(PYTEST) -m soak
+
+test-all: test test-slow test-soak  ## all of them
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

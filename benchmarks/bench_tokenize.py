@@ -53,7 +53,7 @@ LIGHT = VQConfig(
     z_channels=16,
     stem_patch_px=4,
 )
-SAMPLES_PER_TAR = 500
+SAMPLES_PER_TAR = 2000
 
 
 def write_corpus(directory: Path, *, num_tars: int) -> str:
@@ -260,7 +260,7 @@ def say(**fields: Any) -> None:
 def main() -> None:
     """Measure all of it, the encoder before and after the job, and print the ratios."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--num-tars", type=int, default=24, help=f"tars of {SAMPLES_PER_TAR} images")
+    parser.add_argument("--num-tars", type=int, default=6, help=f"tars of {SAMPLES_PER_TAR} images")
     parser.add_argument("--light", action="store_true", help="an encoder that costs next to nothing")
     arguments = parser.parse_args()
     num_tars = arguments.num_tars

@@ -115,8 +115,10 @@ def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "kills"),
-    [("local", {"driver": 6, "worker": 8, "node": 6}), ("s3", {"driver": 4, "worker": 4, "node": 4})],
-    ids=["local", "s3"],
+    [
+        pytest.param("local", {"driver": 6, "worker": 8, "node": 6}, id="local"),
+        pytest.param("s3", {"driver": 4, "worker": 4, "node": 4}, id="s3", marks=pytest.mark.soak),
+    ],
 )
 def test_many_kills_of_drivers_workers_and_nodes_end_in_the_bytes_of_a_clean_run(
     long_corpus: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str, kills: dict[str, int]

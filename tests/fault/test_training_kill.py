@@ -96,8 +96,17 @@ def has_taken(run_dir: Path, step: int, *, pause_s: float) -> Callable[[], bool]
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"),
+    [
+        (2, "bfloat16"),
+        (3, "float32"),
+        pytest.param(1, "bfloat16", marks=pytest.mark.soak),
+        pytest.param(1, "float32", marks=pytest.mark.soak),
+        pytest.param(2, "float32", marks=pytest.mark.soak),
+        pytest.param(3, "bfloat16", marks=pytest.mark.soak),
+    ],
+)
 def test_training_killed_five_times_ends_like_an_uninterrupted_one(tmp_path: Path, zero_stage: int, dtype: str) -> None:
     shards = write_shard_set(tmp_path / "set")
     changes = {
