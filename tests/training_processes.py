@@ -27,6 +27,20 @@ def run(config: TrainConfig, *, num_ranks: int = 2, **variables: str) -> tuple[i
     return process.returncode, output
 
 
+def run_script(name: str, *arguments: str, num_ranks: int = 2) -> None:
+    """Run a script of `tests/` on ranks of its own; fails with all that it said."""
+    done = subprocess.run(
+        [*TORCHRUN, f"--nproc-per-node={num_ranks}", str(SCRIPT.with_name(name)), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=SCRIPT.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def ranks_of(torchrun: int) -> list[int]:
     """Return the process ids of the ranks of a torchrun process, in rank order."""
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
