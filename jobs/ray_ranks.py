@@ -75,7 +75,7 @@ def run_ranks(config: TrainConfig, *, stop: StopRequest) -> Outcome:
     Raises:
         RanksFailedError: one failed.
     """
-    _set_variables(config.cluster)
+    _set_variables()
     # Ray Train reads the variables just set when it is imported.
     from ray.train import FailureConfig, RunConfig  # noqa: PLC0415
     from ray.train.torch import TorchConfig, TorchTrainer  # noqa: PLC0415
@@ -196,15 +196,13 @@ def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
-def _set_variables(cluster: ClusterConfig) -> None:
+def _set_variables() -> None:
     # A failed rank is noticed in 0.2 s instead of 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-    if cluster.address == "local":
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def _scaling(cluster: ClusterConfig) -> ScalingConfig:
