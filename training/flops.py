@@ -7,12 +7,31 @@ again, the extra forward of own drafts, the optimiser, and everything elementwis
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from training.config import ModelConfig
 from training.gpt import feed_forward_dim
 from training.tensorar import module_hidden_dim
 
-_FLOPS_PER_MULTIPLY_ADD = 2
-_FORWARD_AND_BACKWARD = 3
+FLOPS_PER_MULTIPLY_ADD = 2
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """Multiply-adds of one sample's forward, part by part; what a micro batch shares is dealt out over its samples."""
+
+    base_stack: float
+    """All blocks; the condition stands in for the code that is not fed."""
+    input_encoder: float
+    output_decoder: float
+    heads: float
+    """K of them."""
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.base_stack + self.input_encoder + self.output_decoder + self.heads
 
 
 def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int) -> float:
@@ -22,60 +41,44 @@ def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int) -> flo
         config: of the model.
         micro_batch_size: samples per forward; the products that a whole micro batch shares are dealt out over them.
     """
-    shared = _encoder_shared(config, micro_batch_size) + _decoder_shared(config)
-    multiply_adds = _backbone(config) + _head(config) + _encoder(config, micro_batch_size) + _decoder(config)
-    multiply_adds += shared / micro_batch_size
-    return _FORWARD_AND_BACKWARD * _FLOPS_PER_MULTIPLY_ADD * multiply_adds
+    return FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * step_parts(config, micro_batch_size=micro_batch_size).total
 
 
-def _backbone(config: ModelConfig) -> float:
-    """Multiply-adds of a sample's forward through all blocks; the condition stands in for the code that is not fed."""
+def step_parts(config: ModelConfig, *, micro_batch_size: int) -> StepParts:
+    """Return what the parts of the model cost; the arguments are those of `model_flops_per_sample`."""
+    has_modules = config.window_size > 1
+    return StepParts(
+        base_stack=_base_stack(config),
+        input_encoder=_encoder(config, micro_batch_size) if has_modules else 0.0,
+        output_decoder=_decoder(config, micro_batch_size) if has_modules else 0.0,
+        heads=float(config.num_positions * config.window_size * config.dim * config.codebook_size),
+    )
+
+
+def _base_stack(config: ModelConfig) -> float:
     length, dim = config.num_positions, config.dim
     projections = 4 * dim * dim + 3 * dim * feed_forward_dim(dim)
     attention = 2 * length * dim
     return float(config.layers * length * (projections + attention))
 
 
-def _head(config: ModelConfig) -> float:
-    return float(config.num_positions * config.window_size * config.dim * config.codebook_size)
-
-
 def _encoder(config: ModelConfig, micro_batch_size: int) -> float:
-    """Multiply-adds of a sample in the input encoder, keys and values too where they are not tables."""
-    if config.window_size == 1:
-        return 0.0
+    """Windows, keys and values too where they are not tables; then what is shared: one query, the tables."""
     dim, num_windows = config.dim, config.num_positions - 1
     per_window = dim * dim + 3 * dim * module_hidden_dim(config)
-    if not _has_tables(config, micro_batch_size):
+    num_pairs = 0
+    if config.codebook_size < micro_batch_size * num_windows:
+        num_pairs = config.codebook_size * config.window_size
+    else:
         per_window += config.window_size * dim * (dim + config.heads)
-    return float(num_windows * per_window)
+    shared = 2 * dim * dim + num_pairs * dim * (dim + config.heads)
+    return num_windows * per_window + shared / micro_batch_size
 
 
-def _encoder_shared(config: ModelConfig, micro_batch_size: int) -> float:
-    """Multiply-adds of a micro batch in the input encoder: its one query, and the tables of (code, offset)."""
-    if config.window_size == 1:
-        return 0.0
-    query = 2 * config.dim * config.dim
-    num_pairs = config.codebook_size * config.window_size if _has_tables(config, micro_batch_size) else 0
-    return float(query + num_pairs * config.dim * (config.dim + config.heads))
-
-
-def _has_tables(config: ModelConfig, micro_batch_size: int) -> bool:
-    return config.codebook_size < micro_batch_size * (config.num_positions - 1)
-
-
-def _decoder(config: ModelConfig) -> float:
-    if config.window_size == 1:
-        return 0.0
-    dim = config.dim
-    per_state = dim * dim + dim * config.window_size * config.heads
-    per_offset = dim * dim + 3 * dim * module_hidden_dim(config)
-    return float(config.num_positions * (per_state + config.window_size * per_offset))
-
-
-def _decoder_shared(config: ModelConfig) -> float:
-    """Multiply-adds of a micro batch in the output decoder: its queries, their keys, values and attention."""
-    if config.window_size == 1:
-        return 0.0
+def _decoder(config: ModelConfig, micro_batch_size: int) -> float:
+    """States and offsets; then what is shared: the queries, their keys, values and attention."""
     dim, window_size = config.dim, config.window_size
-    return float(window_size * (3 * dim * dim + window_size * dim * (config.heads + 1)))
+    per_state = dim * dim + dim * window_size * config.heads
+    per_offset = dim * dim + 3 * dim * module_hidden_dim(config)
+    shared = window_size * (3 * dim * dim + window_size * dim * (config.heads + 1))
+    return config.num_positions * (per_state + window_size * per_offset) + shared / micro_batch_size
