@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OPS := training/_ops.so
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -11,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-venv: $(STAMP)  ## the pinned environment in .venv
+venv: $(OPS)  ## the pinned environment in .venv, with the native ops
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,13 +21,16 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	touch $(STAMP)
 
-demo: $(STAMP)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
+$(OPS): $(STAMP) training/build_ops.py $(wildcard training/csrc/*)
+	$(BIN)/tensorar build-ops || echo "set-up: without native ops a train spec needs engine.ops: reference"
+
+demo: $(OPS)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
 	$(BIN)/tensorar demo
 
-test: $(STAMP)  ## unit, parity, integration and short fault tests (minutes)
+test: $(OPS)  ## unit, parity, integration and short fault tests (minutes)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)  ## the slow tests alone: kills, damage, every ZeRO stage
+test-slow: $(OPS)  ## the slow tests alone: kills, damage, every ZeRO stage
 	$(PYTEST) -m slow
 
 test-all: test test-slow  ## both
@@ -36,7 +40,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## benchmarks, JSON lines on stdout
+bench: $(OPS)  ## benchmarks, JSON lines on stdout
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 lock:  ## rewrite requirements.lock from pyproject.toml in a throw-away environment
@@ -47,5 +51,5 @@ lock:  ## rewrite requirements.lock from pyproject.toml in a throw-away environm
 	mv requirements.lock.new requirements.lock && rm -rf .lock-venv
 
 clean:  ## remove the environment, caches and build leftovers; data/ and runs/ stay
-	rm -rf $(VENV) .lock-venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .lock-venv build dist *.egg-info $(OPS) .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -144,6 +144,8 @@ class EngineConfig(Config):
     """Whether each block's activations are computed again in backward: about a third more time, far less memory."""
     compile_mode: Literal["none", "default", "max-autotune"] = "none"
     """torch.compile of every block (ZeRO 0 to 2); losses then differ in the last bits from those without."""
+    ops: Literal["native", "reference"] = "native"
+    """TensorAR's own work as compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in 10^12 FLOP/s, for MFU; none measures a matrix product at start."""
     step_timeout_s: PositiveFloat = 600.0

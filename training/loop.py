@@ -27,6 +27,7 @@ from training.config import TrainConfig
 from training.data import open_shards
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
+from training.ops import load_ops
 from training.progress import Progress, StepMeasures, StepTimes
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
@@ -71,6 +72,8 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
         FloatingPointError: more than `max_skipped_steps` steps were not finite.
     """
     check_wandb(config)
+    if config.engine.ops == "native":
+        load_ops()
     ranks = join_ranks(step_timeout_s=config.engine.step_timeout_s)
     with (
         closing(RunFiles(config, rank=ranks.rank)) as files,
