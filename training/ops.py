@@ -124,3 +124,14 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tensorar::noise_windows")  # type: ignore[untyped-decorator]
     def _(codes_BT: Tensor, sample_counters_B: Tensor, thresholds: Sequence[int], *rest: object) -> Tensor:
         return codes_BT.new_empty((*codes_BT.shape, len(thresholds)))
+
+    @torch.library.register_fake("tensorar::mix_windows")  # type: ignore[untyped-decorator]
+    def _(codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+        num_windows, window_size = codes_MK.shape
+        heads, dim = score_weight_ND.shape
+        shares_MNK = offsets_KD.new_empty(num_windows, heads, window_size)
+        return table_VD.new_empty(num_windows, heads, dim), shares_MNK
+
+    @torch.library.register_fake("tensorar::mix_windows_backward")  # type: ignore[untyped-decorator]
+    def _(*arguments: Tensor) -> None:
+        return None
