@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,33 +37,44 @@ class BuildError(RuntimeError):
 
 
 def build_ops() -> Path:
-    """Compile the library and put it in its place in one rename.
-
-    Returns:
-        Its path.
+    """Compile the library of the ops; returns its path.
 
     Raises:
         BuildError: no compiler, no torch, a CUDA build that is asked for and cannot be, or an error of the compiler.
     """
-    host, nvcc = host_command(), nvcc_for_build()
-    mark = sources_mark(has_cuda=nvcc is not None)
-    with tempfile.TemporaryDirectory(dir=LIBRARY.parent, prefix=".build-ops-") as scratch:
-        commands: dict[str, list[str]] = {}
-        for source in sorted(SOURCES.glob("*.cpp")):
-            for name, flags in INSTRUCTION_SETS.items():
-                if source.stem == "library" and name != "baseline":
-                    continue
-                defines = [f"-DINSTRUCTION_SET={name}", f'-DOPS_SOURCES="{mark}"']
-                commands[f"{scratch}/{source.stem}-{name}.o"] = [*host, *flags, *defines, "-c", str(source)]
-        for source in sorted(SOURCES.glob("*.cu")) if nvcc else ():
-            commands[f"{scratch}/{source.stem}-cuda.o"] = [*cuda_command(), "-c", str(source)]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(run_compiler, ([*command, "-o", target] for target, command in commands.items())))
-        staged = Path(scratch) / LIBRARY.name
-        linker = [nvcc, f"-ccbin={shlex.join(_compiler())}", "-cudart=static"] if nvcc else _compiler()
-        run_compiler([*linker, "-shared", *commands, "-o", str(staged), *torch_libraries()])
-        staged.replace(LIBRARY)
+    kernels = [*SOURCES.glob("*.cpp"), *(SOURCES.glob("*.cu") if nvcc_for_build() else ())]
+    build_library(sorted(kernels), LIBRARY)
     return LIBRARY
+
+
+def build_library(sources: Sequence[Path], target: Path) -> None:
+    """Compile sources and put the library in its place in one rename.
+
+    Args:
+        sources: .cpp files, each compiled once per instruction set, and .cu files.
+        target: the library.
+
+    Raises:
+        BuildError: see `build_ops`.
+    """
+    has_cuda = any(source.suffix == ".cu" for source in sources)
+    host, mark = _host_command(), f'-DOPS_SOURCES="{sources_mark(has_cuda=has_cuda)}"'
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-ops-") as scratch:
+        commands: list[list[str]] = []
+        for source in sources:
+            if source.suffix == ".cu":
+                commands.append([*cuda_command(), "-c", str(source), "-o", f"{scratch}/{source.stem}-cuda.o"])
+                continue
+            for name, flags in INSTRUCTION_SETS.items():
+                command = [*host, *flags, f"-DINSTRUCTION_SET={name}", mark]
+                commands.append([*command, "-c", str(source), "-o", f"{scratch}/{source.stem}-{name}.o"])
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(run_compiler, commands))
+        staged = Path(scratch) / target.name
+        linker = ["nvcc", f"-ccbin={shlex.join(_compiler())}", "-cudart=static"] if has_cuda else _compiler()
+        objects = [command[-1] for command in commands]
+        run_compiler([*linker, "-shared", *objects, "-o", str(staged), *_torch_libraries()])
+        staged.replace(target)
 
 
 def sources_mark(*, has_cuda: bool = False) -> str:
@@ -73,9 +85,9 @@ def sources_mark(*, has_cuda: bool = False) -> str:
     return f"tensorar ops {digest.hexdigest()[:32]}" + (" with CUDA" if has_cuda else "")
 
 
-def host_command() -> list[str]:
+def _host_command() -> list[str]:
     """What compiles a .cpp file against torch, short of -c, its name and its output."""
-    warnings = ("-Wall", "-Wextra", "-Wno-unused-parameter")
+    warnings = ("-Wall", "-Wextra", "-Wno-unused-parameter", f"-I{SOURCES}")
     return [*_compiler(), *LANGUAGE, "-fPIC", "-fvisibility=hidden", *warnings, *_torch_headers()]
 
 
@@ -86,7 +98,7 @@ def cuda_command() -> list[str]:
     return ["nvcc", *LANGUAGE, *targets, "--threads=0", *host, *_torch_headers()]
 
 
-def torch_libraries() -> list[str]:
+def _torch_libraries() -> list[str]:
     """What links a library against torch."""
     directory = _torch_root() / "lib"
     names = [name for name in ("torch_cpu", "torch_cuda", "c10") if (directory / f"lib{name}.so").exists()]

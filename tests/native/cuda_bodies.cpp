@@ -1,4 +1,6 @@
 // The bodies of the CUDA kernels as ops on CPU tensors: the same source, blocks and threads in an order of the test's.
+#ifdef IS_BASELINE
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -49,3 +51,5 @@ STABLE_TORCH_LIBRARY_IMPL(tensorar_cuda_bodies, CPU, library) {
 
 }  // namespace
 }  // namespace tensorar
+
+#endif

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from training.build_ops import SOURCES, host_command, run_compiler, torch_libraries
+from training.build_ops import build_library
 from training.noise import noise_windows
 
 BODIES = Path(__file__).parents[1] / "native" / "cuda_bodies.cpp"
@@ -19,9 +19,7 @@ ELEMENTS_PER_BLOCK, THREADS = 2048, 256
 @pytest.fixture(scope="module", autouse=True)
 def cuda_bodies(tmp_path_factory: pytest.TempPathFactory) -> None:
     library = tmp_path_factory.mktemp("native") / "cuda_bodies.so"
-    run_compiler(
-        [*host_command(), "-O1", f"-I{SOURCES}", str(BODIES), "-shared", "-o", str(library), *torch_libraries()]
-    )
+    build_library([BODIES], library)
     torch.ops.load_library(library)
 
 

@@ -1,6 +1,8 @@
 // The schemas of the ops; what they compute is documented at their Python functions in training/ops.py.
 //
 // Torch's stable ABI: no Python headers, and one binary serves torch 2.10 and newer. The kernels register themselves.
+#ifdef IS_BASELINE
+
 #include <torch/csrc/stable/library.h>
 
 // training/ops.py looks for this text in the library's bytes, to tell whether it was built from these sources.
@@ -11,3 +13,5 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
       "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, int seed, "
       "int step) -> Tensor");
 }
+
+#endif
