@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from training.config import ModelConfig
 from training.gpt import feed_forward_dim
+from training.scored import scored_of_offset
 from training.tensorar import module_hidden_dim
 
 _FLOPS_PER_MULTIPLY_ADD = 2
 _FORWARD_AND_BACKWARD = 3
 
 
-def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int) -> float:
+def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int, scored_stride: int = 1) -> float:
     """Return the FLOPs of forward and backward of one sample.
 
     Args:
         config: of the model.
         micro_batch_size: samples per forward; the products that a whole micro batch shares are dealt out over them.
+        scored_stride: `noise.scored_stride` of the run: what is not scored is not computed.
     """
+    num_scored = sum(scored_of_offset(config.num_positions, window_size=config.window_size, stride=scored_stride))
     shared = _encoder_shared(config, micro_batch_size) + _decoder_shared(config)
-    multiply_adds = _backbone(config) + _head(config) + _encoder(config, micro_batch_size) + _decoder(config)
-    multiply_adds += shared / micro_batch_size
+    multiply_adds = _backbone(config) + _encoder(config, micro_batch_size) + _decoder(config, num_scored)
+    multiply_adds += num_scored * config.dim * config.codebook_size + shared / micro_batch_size
     return _FORWARD_AND_BACKWARD * _FLOPS_PER_MULTIPLY_ADD * multiply_adds
 
 
@@ -34,10 +37,6 @@ def _backbone(config: ModelConfig) -> float:
     projections = 4 * dim * dim + 3 * dim * feed_forward_dim(dim)
     attention = 2 * length * dim
     return float(config.layers * length * (projections + attention))
-
-
-def _head(config: ModelConfig) -> float:
-    return float(config.num_positions * config.window_size * config.dim * config.codebook_size)
 
 
 def _encoder(config: ModelConfig, micro_batch_size: int) -> float:
@@ -64,13 +63,13 @@ def _has_tables(config: ModelConfig, micro_batch_size: int) -> bool:
     return config.codebook_size < micro_batch_size * (config.num_positions - 1)
 
 
-def _decoder(config: ModelConfig) -> float:
+def _decoder(config: ModelConfig, num_scored: int) -> float:
     if config.window_size == 1:
         return 0.0
     dim = config.dim
     per_state = dim * dim + dim * config.window_size * config.heads
-    per_offset = dim * dim + 3 * dim * module_hidden_dim(config)
-    return float(config.num_positions * (per_state + config.window_size * per_offset))
+    per_prediction = dim * dim + 3 * dim * module_hidden_dim(config)
+    return float(config.num_positions * per_state + num_scored * per_prediction)
 
 
 def _decoder_shared(config: ModelConfig) -> float:

@@ -12,12 +12,16 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.config import ModelConfig
-from training.gpt import GPT, INIT_STD, FeedForward, RMSNorm, init_weights
+from training.gpt import GPT, INIT_STD, FeedForward, Readout, RMSNorm, init_weights
 from training.noise import valid_offsets
+from training.scored import Scored
 
 
 class FoldedKeys(nn.Linear):
@@ -122,8 +126,8 @@ class OutputDecoder(nn.Module):
         self.attention = WindowAttention(config)
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        """(B, T, K, D) states, one per offset."""
+    def forward(self, h_BTD: Tensor, scored: Scored | None = None) -> Tensor:
+        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed."""
         heads = self.attention.heads
         queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
         score_weight_KND = self.attention.score_weight(queries_KD)
@@ -132,10 +136,15 @@ class OutputDecoder(nn.Module):
         constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
         scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).float()
         scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
-        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)[..., None]
+        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)
         values_BTNH = self.attention.values(states_BTD)
-        attended = constant_KNH + gate * (values_BTNH[:, :, None] - constant_KNH)
-        z = h_BTD[:, :, None] + self.attention.wo(attended.flatten(-2))
+        if scored is None:
+            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], constant_KNH
+        else:
+            h, values = (scored.of_position(x) for x in (h_BTD, values_BTNH))
+            gate, constant = scored.of_prediction(gate), scored.of_offset(constant_KNH)
+        attended = constant + gate[..., None] * (values - constant)
+        z = h + self.attention.wo(attended.flatten(-2))
         out: Tensor = z + self.feed_forward(self.ffn_norm(z))
         return out
 
@@ -167,19 +176,33 @@ class TensorAR(nn.Module):
         out: Tensor = self.input_encoder(windows_BLK, valid[start : start + length], self.base.tok_embeddings)
         return out
 
-    def predict(self, h_BTD: Tensor) -> Tensor:
-        """Logits (B, T, K, V) of backbone states."""
-        states = h_BTD[:, :, None] if self.output_decoder is None else self.output_decoder(h_BTD)
-        return self.base.head(states)
+    def predict(self, h_BTD: Tensor, *, scored: Scored | None = None, readout: Readout = F.linear) -> Any:
+        """What `readout` makes of the predictions of backbone states; by default logits (B, T, K, V).
 
-    def forward(self, windows_BTK: Tensor, labels_B: Tensor) -> Tensor:
-        """Training logits (B, T, K, V) in the model's dtype: position p, offset j predicts code p + j.
+        Args:
+            h_BTD: states before the final norm.
+            scored: which predictions; none is all of them.
+            readout: is given their normalised states, (B, T, K, D) or scored (B, R, D), and the head's weight.
+        """
+        if self.output_decoder is not None:
+            states = self.output_decoder(h_BTD, scored)
+        else:
+            states = h_BTD[:, :, None] if scored is None else h_BTD  # one offset: every position is scored
+        return self.base.head(states, readout=readout)
 
-        Position 0 is predicted from the label, position p from windows 0 .. p - 1; the last window is not fed.
+    def forward(
+        self, windows_BTK: Tensor, labels_B: Tensor, *, scored: Scored | None = None, readout: Readout = F.linear
+    ) -> Any:
+        """What `readout` makes of training predictions: position p, offset j predicts code p + j.
+
+        Position 0 is predicted from the label, position p from windows 0 .. p - 1; the last window is not fed. By
+        default logits (B, T, K, V) in the model's dtype; training reads a loss out instead (`training.loss`).
 
         Args:
             windows_BTK: int64; window i starts at code i (see `training.noise.noise_windows`).
             labels_B: int64 in [0, num_classes], the last one null.
+            scored: see `predict`, as the next.
+            readout: its tensors pass through DeepSpeed's hooks alone, or in a tuple, list or dict.
 
         Raises:
             ValueError: the windows' size is not the model's.
@@ -190,7 +213,7 @@ class TensorAR(nn.Module):
                 f"got {windows_BTK.shape[2]}; make them with the model's window_size"
             )
         x_BTD = torch.cat([self.base.embed_labels(labels_B), self.embed_windows(windows_BTK[:, :-1])], dim=1)
-        return self.predict(self.base.backbone(x_BTD))
+        return self.predict(self.base.backbone(x_BTD), scored=scored, readout=readout)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
