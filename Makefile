@@ -7,7 +7,7 @@ OPS := training/_ops.so
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all check bench lock clean
+.PHONY: help venv demo test test-slow test-all check check-cuda test-gpu bench-gpu bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +39,15 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-cuda: $(STAMP)  ## compile every CUDA kernel and check its resources; needs nvcc, no GPU
+	$(BIN)/python tests/check_cuda.py
+
+test-gpu: $(OPS)  ## the tests that need a CUDA device; fail without one
+	REQUIRE_GPU=1 $(PYTEST) -m gpu tests/gpu
+
+bench-gpu: $(OPS)  ## benchmarks on a CUDA device, JSON lines on stdout
+	@for script in benchmarks/gpu/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 bench: $(OPS)  ## benchmarks, JSON lines on stdout
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

@@ -17,7 +17,7 @@ from typing import Any
 from training.config import SIZES, ModelConfig
 from training.flops import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACKWARD, step_parts
 from training.gpt import feed_forward_dim
-from training.tensorar import module_hidden_dim
+from training.tensorar import has_tables, module_hidden_dim
 
 H100_BYTES_PER_S = 3.35e12
 H100_FLOPS_PER_S = 989e12
@@ -141,7 +141,8 @@ def heads_and_loss(config: ModelConfig, batch: int, *, keeps_one_of: int) -> Cos
 
 def parts(config: ModelConfig, batch: int, *, keeps_one_of: int) -> dict[str, Cost]:
     """A step, the paths of the modules being what the model takes."""
-    path = "tables of (code, offset)" if config.codebook_size < batch * 255 else "values of every offset, keys folded"
+    is_by_tables = has_tables(codebook_size=config.codebook_size, num_windows=batch * (config.num_positions - 1))
+    path = "tables of codes" if is_by_tables else "mixed before the values, in cache"
     modules = {
         "input encoder": encoder_paths(config, batch)[path],
         "output decoder": decoder_paths(config, batch)["a gate a head"],

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from training.config import ModelConfig
 from training.gpt import feed_forward_dim
-from training.tensorar import module_hidden_dim
+from training.scored import scored_of_offset
+from training.tensorar import has_tables, module_hidden_dim
 
 FLOPS_PER_MULTIPLY_ADD = 2
 FORWARD_AND_BACKWARD = 3
@@ -26,7 +27,7 @@ class StepParts:
     input_encoder: float
     output_decoder: float
     heads: float
-    """K of them."""
+    """Of all offsets."""
 
     @property
     def total(self) -> float:
@@ -34,24 +35,27 @@ class StepParts:
         return self.base_stack + self.input_encoder + self.output_decoder + self.heads
 
 
-def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int) -> float:
+def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int, scored_stride: int = 1) -> float:
     """Return the FLOPs of forward and backward of one sample.
 
     Args:
         config: of the model.
         micro_batch_size: samples per forward; the products that a whole micro batch shares are dealt out over them.
+        scored_stride: `noise.scored_stride` of the run: what is not scored is not computed.
     """
-    return FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * step_parts(config, micro_batch_size=micro_batch_size).total
+    parts = step_parts(config, micro_batch_size=micro_batch_size, scored_stride=scored_stride)
+    return FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * parts.total
 
 
-def step_parts(config: ModelConfig, *, micro_batch_size: int) -> StepParts:
+def step_parts(config: ModelConfig, *, micro_batch_size: int, scored_stride: int = 1) -> StepParts:
     """Return what the parts of the model cost; the arguments are those of `model_flops_per_sample`."""
+    num_scored = sum(scored_of_offset(config.num_positions, window_size=config.window_size, stride=scored_stride))
     has_modules = config.window_size > 1
     return StepParts(
         base_stack=_base_stack(config),
         input_encoder=_encoder(config, micro_batch_size) if has_modules else 0.0,
-        output_decoder=_decoder(config, micro_batch_size) if has_modules else 0.0,
-        heads=float(config.num_positions * config.window_size * config.dim * config.codebook_size),
+        output_decoder=_decoder(config, num_scored, micro_batch_size) if has_modules else 0.0,
+        heads=float(num_scored * config.dim * config.codebook_size),
     )
 
 
@@ -63,22 +67,21 @@ def _base_stack(config: ModelConfig) -> float:
 
 
 def _encoder(config: ModelConfig, micro_batch_size: int) -> float:
-    """Windows, keys and values too where they are not tables; then what is shared: one query, the tables."""
-    dim, num_windows = config.dim, config.num_positions - 1
+    """What every window costs, then what a micro batch does: one query, the tables where there are any."""
+    dim, heads, num_windows = config.dim, config.heads, config.num_positions - 1
     per_window = dim * dim + 3 * dim * module_hidden_dim(config)
-    num_pairs = 0
-    if config.codebook_size < micro_batch_size * num_windows:
-        num_pairs = config.codebook_size * config.window_size
+    shared = 2 * dim * dim
+    if has_tables(codebook_size=config.codebook_size, num_windows=micro_batch_size * num_windows):
+        shared += (config.codebook_size + config.window_size) * dim * (dim + heads)
     else:
-        per_window += config.window_size * dim * (dim + config.heads)
-    shared = 2 * dim * dim + num_pairs * dim * (dim + config.heads)
+        per_window += dim * dim + 2 * config.window_size * dim * heads
     return num_windows * per_window + shared / micro_batch_size
 
 
-def _decoder(config: ModelConfig, micro_batch_size: int) -> float:
-    """States and offsets; then what is shared: the queries, their keys, values and attention."""
+def _decoder(config: ModelConfig, num_scored: int, micro_batch_size: int) -> float:
+    """States and predictions; then what a micro batch shares: the queries, their keys, values and attention."""
     dim, window_size = config.dim, config.window_size
     per_state = dim * dim + dim * window_size * config.heads
-    per_offset = dim * dim + 3 * dim * module_hidden_dim(config)
+    per_prediction = dim * dim + 3 * dim * module_hidden_dim(config)
     shared = window_size * (3 * dim * dim + window_size * dim * (config.heads + 1))
-    return config.num_positions * (per_state + window_size * per_offset) + shared / micro_batch_size
+    return config.num_positions * per_state + num_scored * per_prediction + shared / micro_batch_size

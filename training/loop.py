@@ -98,6 +98,8 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
 def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointRecord | None) -> Engine:
     torch.manual_seed(config.seed)
     model = build_model(config.model)
+    if config.engine.ops == "native":
+        model.use_native_ops()
     if record is None and config.warm_start is not None:
         logger.info("warm start from %s", config.warm_start)
         warm_start(model, config.warm_start, s3=config.s3)

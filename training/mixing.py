@@ -50,6 +50,32 @@ def reference_attend_windows(
     return _values(mixed_MND, value_weight_NHD)
 
 
+def attend_by_tables(
+    codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor, value_weight_NHD: Tensor
+) -> Tensor:
+    """What `attend_windows` returns, from tables of scores and values of all codes: cheaper where V < M.
+
+    A norm scales a key by one number, so its score and values are those of its code plus those of its offset, scaled.
+    """
+    wide = torch.promote_types(table_VD.dtype, torch.float32)
+    heads, head_dim, _ = value_weight_NHD.shape
+    rows_VD, rows_KD, value_weight_DD = table_VD.to(wide), offsets_KD.to(wide), value_weight_NHD.flatten(0, 1)
+    factors_KV = torch.stack([((rows_VD + row).square().mean(-1) + NORM_EPS).rsqrt() for row in rows_KD])
+    codes, offsets = codes_MK.clamp(min=0), torch.arange(codes_MK.shape[1], device=codes_MK.device)
+
+    def of_codes(values_V: Tensor, values_K: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(codes, values_V) + values_K
+
+    factors_MK1 = torch.nn.functional.embedding(codes + len(table_VD) * offsets, factors_KV.flatten()[:, None])
+    scores_of = [rows @ score_weight_ND.to(wide).transpose(0, 1) for rows in (rows_VD, rows_KD)]
+    values_of = [rows @ value_weight_DD.transpose(0, 1) for rows in (table_VD, offsets_KD)]
+    scores_MKN = (of_codes(*scores_of) * factors_MK1).masked_fill((codes_MK < 0)[..., None], float("-inf"))
+    shares_MKN = (scores_MKN.softmax(1) * factors_MK1).to(table_VD.dtype)
+    values_MKNH = of_codes(*values_of).view(*codes.shape, heads, head_dim)
+    attended_MD: Tensor = (shares_MKN[..., None] * values_MKNH).sum(1).flatten(1)
+    return attended_MD
+
+
 def attend_windows(
     codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor, value_weight_NHD: Tensor
 ) -> Tensor:
@@ -104,7 +130,7 @@ def _attend_backward(
     score_weight_ND: Tensor,
     value_weight_NHD: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    heads, head_dim, dim = value_weight_NHD.shape
+    heads, head_dim, _ = value_weight_NHD.shape
     weights = (table_VD.contiguous(), offsets_KD.contiguous(), score_weight_ND.contiguous())
     sums = tuple(torch.zeros_like(weight, dtype=torch.float32) for weight in weights)
     value_grad_NHD = torch.zeros_like(value_weight_NHD, dtype=torch.float32)

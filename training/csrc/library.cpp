@@ -1,6 +1,8 @@
 // The schemas of the ops; what they compute is documented at their Python functions in training/ops.py.
 //
 // Torch's stable ABI: no Python headers, and one binary serves torch 2.10 and newer. The kernels register themselves.
+#ifdef IS_BASELINE
+
 #include <torch/csrc/stable/library.h>
 
 // training/ops.py looks for this text in the library's bytes, to tell whether it was built from these sources.
@@ -15,3 +17,5 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
       "Tensor(a!) table_grad, Tensor(b!) offset_grads, Tensor(c!) score_weight_grad) -> ()");
 }
+
+#endif

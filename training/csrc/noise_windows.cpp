@@ -21,8 +21,8 @@ void INSTRUCTION_SET::noise_run(const NoiseWindows& op, int64_t sample, int begi
     for (int offset = 0; offset < window_size; ++offset) {
       Lanes values = load(codes + first - begin + offset);
       if (op.thresholds_K[offset] != 0) {
-        Lanes chances = cell_of(op, lane_indices() + first, offset);
-        const Lanes replacements = draw(op, op.samples_B[sample], chances);
+        Lanes chances, replacements;
+        op.draw(op.samples_B[sample], op.cell(lane_indices() + first, offset), chances, replacements);
         values = chances < static_cast<uint64_t>(op.thresholds_K[offset]) ? replacements : values;
       }
       for (int lane = 0; lane < count; ++lane) windows[lane * window_size + offset] = values[lane];

@@ -37,8 +37,8 @@ inline NoiseWindows checked(const Tensor& codes, const Tensor& counters, const T
                   "noise_windows: sample_counters must be on the device of codes");
   check(coupling == "shared" || coupling == "independent",
                   "noise_windows: coupling must be 'independent' or 'shared', got '", coupling, "'");
-  check_range("window_size", thresholds.size(), 1, MAX_WINDOW_SIZE);
-  check_range("num_positions", codes.size(1), 1, MAX_POSITIONS);
+  check_range("window_size", thresholds.size(), 1, NoiseWindows::MAX_WINDOW_SIZE);
+  check_range("num_positions", codes.size(1), 1, NoiseWindows::MAX_POSITIONS);
   check_range("codebook_size", codebook_size, 1, (int64_t{1} << 31) - 1);
   check_range("seed", seed, 0, (int64_t{1} << 56) - 1);
   check_range("step", step, 0, (int64_t{1} << 32) - 1);
