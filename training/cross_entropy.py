@@ -170,14 +170,14 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # In place, unless the graph is kept for another backward or is being traced.
-    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    is_last = type(grad_loss) is Tensor and not is_kept
-    scaled = (
-        (gradient.mul_(grad_loss) if is_last else gradient * grad_loss) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-    )
-    return (*scaled, *(None for _ in range(5)))
+    gradients = ctx.saved_tensors
+    is_traced = type(grad_loss) is not Tensor
+    if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():  # they must stay as they are
+        gradients = [gradient * grad_loss for gradient in gradients]
+    elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # a CPU need not wait to look
+        gradients = [gradient.mul_(grad_loss) for gradient in gradients]
+    needed = (gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad, strict=False))
+    return (*needed, *(None for _ in range(5)))
 
 
 _head_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
