@@ -1,8 +1,8 @@
-"""The input encoder's attention, forward and backward: the native op, the reference, and plain torch as one writes it first.
+"""The input encoder's attention, forward and backward: native op, reference, and plain torch as written first.
 
 `python benchmarks/bench_mix.py`: d 768, 12 heads, k = 4, 16,384 codes, float32 and bfloat16, 2,048 and 8,192 windows,
-one and two threads, in turn in one process. JSON lines: medians in ms; `mix_windows` alone against its least bytes at
-the copy bandwidth measured beside it; peak bytes of all tensors beyond the inputs, over the bytes of the outputs (for
+one and two threads, in turn in one process. JSON lines: medians in ms; `mix_windows` alone against its least bytes
+at the copy bandwidth measured beside it; peak bytes of all tensors beyond the inputs, over the bytes of the outputs (for
 forward and backward: values and all gradients).
 
 Least bytes of `mix_windows`: K rows of the table read in forward and in backward, N D numbers a window written and their

@@ -37,6 +37,7 @@ void INSTRUCTION_SET::add_rows(const MixWindows& op, const float* row_grads, int
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -46,7 +47,7 @@ namespace tensorar {
 namespace {
 
 // Windows whose rows' gradients wait together for the table's: enough blocks for many threads, few enough for the cache.
-constexpr int64_t SLAB_WINDOWS = 512;
+constexpr int64_t SLAB_WINDOWS = 256;
 
 // The float rows of a small tensor, padded with zeros to whole vectors.
 std::vector<float> padded_rows(const Tensor& rows, int64_t padded) {
@@ -98,7 +99,8 @@ void mix_windows_backward_cpu(const Tensor& grad, const Tensor& shares, const Te
   op.offsets_KD = offsets_KD.data(), op.score_weight_ND = weight_ND.data();
   op.table_grad_VD = static_cast<float*>(table_grad.data_ptr());
   const int64_t slab = std::min(SLAB_WINDOWS, op.num_windows), parts = torch::stable::get_num_threads();
-  std::vector<float> row_grads(slab * of_offsets), sums(num_blocks(slab) * (of_offsets + of_weight));
+  const std::unique_ptr<float[]> row_grads(new float[slab * of_offsets]);
+  std::vector<float> sums(num_blocks(slab) * (of_offsets + of_weight));
   for (int64_t start = 0; start < op.num_windows; start += slab) {
     const int64_t stop = std::min(op.num_windows, start + slab), blocks = num_blocks(stop - start);
     std::fill(sums.begin(), sums.end(), 0.0f);
@@ -108,12 +110,12 @@ void mix_windows_backward_cpu(const Tensor& grad, const Tensor& shares, const Te
         const int64_t first = start + block * BLOCK_WINDOWS;
         float* block_sums = sums.data() + block * (of_offsets + of_weight);
         BEST_OF(mix_some_backward)(op, first, std::min(stop, first + BLOCK_WINDOWS),
-                                   row_grads.data() + (first - start) * of_offsets, block_sums, block_sums + of_offsets,
+                                   row_grads.get() + (first - start) * of_offsets, block_sums, block_sums + of_offsets,
                                    scratch.data());
       }
     });
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) BEST_OF(add_rows)(op, row_grads.data(), start, stop, part, parts);
+      for (int64_t part = begin; part < end; ++part) BEST_OF(add_rows)(op, row_grads.get(), start, stop, part, parts);
     });
     for (int64_t block = 0; block < blocks; ++block) {
       const float* block_sums = sums.data() + block * (of_offsets + of_weight);
