@@ -2,11 +2,11 @@
 
 `python benchmarks/bench_mix.py`: d 768, 12 heads, k = 4, 16,384 codes, float32 and bfloat16, 2,048 and 8,192 windows,
 one and two threads, in turn in one process. JSON lines: medians in ms; `mix_windows` alone against its least bytes
-at the copy bandwidth measured beside it; peak bytes of all tensors beyond the inputs, over the bytes of the outputs (for
-forward and backward: values and all gradients).
+at the copy bandwidth measured beside it; peak bytes of all tensors beyond the inputs, over the bytes of the outputs
+(for forward and backward: values and all gradients).
 
-Least bytes of `mix_windows`: K rows of the table read in forward and in backward, N D numbers a window written and their
-gradient read, the table's gradient written once in float32.
+Least bytes of `mix_windows`: K rows of the table read in forward and in backward, N D numbers a window written and
+their gradient read, the table's gradient written once in float32.
 """
 
 import argparse

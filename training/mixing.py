@@ -12,6 +12,8 @@ M windows, K window_size, D model_dim, N heads, H head_dim, V codebook_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -108,8 +110,9 @@ def _attend(
 ) -> Tensor:
     attended_MD = table_VD.new_empty(codes_MK.shape[0], value_weight_NHD.shape[0] * value_weight_NHD.shape[1])
     weights = (table_VD.contiguous(), offsets_KD.contiguous(), score_weight_ND.contiguous())
+    mix, _ = _kernels(table_VD.device)
     for some in _some_windows(codes_MK.shape[0], value_weight_NHD, table_VD.device):
-        mixed_MND, _ = torch.ops.tensorar.mix_windows(codes_MK[some].contiguous(), *weights)
+        mixed_MND, _ = mix(codes_MK[some].contiguous(), *weights)
         attended_MD[some] = _values(mixed_MND, value_weight_NHD)
     return attended_MD
 
@@ -134,13 +137,14 @@ def _attend_backward(
     weights = (table_VD.contiguous(), offsets_KD.contiguous(), score_weight_ND.contiguous())
     sums = tuple(torch.zeros_like(weight, dtype=torch.float32) for weight in weights)
     value_grad_NHD = torch.zeros_like(value_weight_NHD, dtype=torch.float32)
+    mix, mix_backward = _kernels(table_VD.device)
     for some in _some_windows(codes_MK.shape[0], value_weight_NHD, table_VD.device):
         codes = codes_MK[some].contiguous()
-        mixed_MND, shares_MNK = torch.ops.tensorar.mix_windows(codes, *weights)
+        mixed_MND, shares_MNK = mix(codes, *weights)
         grad_NMH = grad_MD[some].view(-1, heads, head_dim).transpose(0, 1)
         value_grad_NHD += grad_NMH.transpose(1, 2) @ mixed_MND.transpose(0, 1)
         torch.bmm(grad_NMH, value_weight_NHD, out=mixed_MND.transpose(0, 1))
-        torch.ops.tensorar.mix_windows_backward(mixed_MND, shares_MNK, codes, *weights, *sums)
+        mix_backward(mixed_MND, shares_MNK, codes, *weights, *sums)
     table_grad_VD, offset_grads_KD, score_grad_ND = sums
     return table_grad_VD.to(table_VD.dtype), offset_grads_KD, score_grad_ND, value_grad_NHD.to(value_weight_NHD.dtype)
 
@@ -169,6 +173,43 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_MD: Tensor) -> tupl
 
 
 _attend.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def _kernels(device: torch.device) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
+    """What mixes some windows and takes their gradient back: ours on a CPU, torch's own kernels on a GPU."""
+    if device.type == "cpu":
+        return torch.ops.tensorar.mix_windows, torch.ops.tensorar.mix_windows_backward
+    return mix_by_torch, mix_backward_by_torch
+
+
+def mix_by_torch(
+    codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mixed_MND, and an empty tensor where the native kernel returns the shares."""
+    return reference_mix_windows(codes_MK, table_VD, offsets_KD, score_weight_ND), offsets_KD.new_empty(0)
+
+
+def mix_backward_by_torch(
+    grad_MND: Tensor,
+    shares: Tensor,
+    codes_MK: Tensor,
+    table_VD: Tensor,
+    offsets_KD: Tensor,
+    score_weight_ND: Tensor,
+    table_grad_VD: Tensor,
+    offset_grads_KD: Tensor,
+    score_weight_grad_ND: Tensor,
+) -> None:
+    """Adds to the last three; a row's gradients are sorted by torch, so that their sum has one order on a GPU too."""
+    rows = torch.nn.functional.embedding(codes_MK.clamp(min=0), table_VD).float().flatten(0, 1)
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (rows, offsets_KD, score_weight_ND)]
+        places_MK = torch.arange(codes_MK.numel(), device=rows.device).view_as(codes_MK)
+        mixed_MND = reference_mix_windows(places_MK.masked_fill(codes_MK < 0, -1), *leaves)
+        row_grads, *small = torch.autograd.grad(mixed_MND, leaves, grad_MND.float())
+    table_grad_VD.index_put_((codes_MK.flatten().clamp(min=0),), row_grads, accumulate=True)  # 0 where there is no code
+    offset_grads_KD += small[0]
+    score_weight_grad_ND += small[1]
 
 
 def _values(mixed_MND: Tensor, value_weight_NHD: Tensor) -> Tensor:

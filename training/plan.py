@@ -17,7 +17,7 @@ from training.cross_entropy import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES
 from training.engine import BUCKET_ELEMENTS
 from training.gpt import feed_forward_dim
 from training.scored import scored_of_offset
-from training.tensorar import module_hidden_dim, num_added_parameters
+from training.tensorar import has_tables, module_hidden_dim, num_added_parameters
 
 Device = Literal["cpu", "cuda"]
 ZERO_STAGES = (0, 1, 2, 3)
@@ -156,7 +156,7 @@ def kept_bytes(config: TrainConfig, *, device: Device) -> int:
     total = model.layers * of_block + num_scored * _norm_bytes(config)
     if window > 1:
         hidden = module_hidden_dim(model)
-        encoder = window * (_norm_bytes(config) + width * dim) + width * dim + _norm_bytes(config) + 4 * width * hidden
+        encoder = _mixing_bytes(config) + width * dim + _norm_bytes(config) + 4 * width * hidden
         decoder = _norm_bytes(config) + width * dim
         total += tokens * (encoder + decoder)
         total += num_scored * (2 * width * dim + _norm_bytes(config) + 4 * width * hidden)
@@ -181,6 +181,17 @@ def _num_scored(config: TrainConfig) -> int:
     model = config.model
     stride = config.noise.scored_stride
     return sum(scored_of_offset(model.num_positions, window_size=model.window_size, stride=stride))
+
+
+def _mixing_bytes(config: TrainConfig) -> int:
+    """Bytes per window that the input encoder's attention keeps beside its result (`training.mixing`)."""
+    model, width = config.model, _width(config)
+    samples = config.engine.micro_batch_size or config.engine.global_batch_size
+    if has_tables(codebook_size=model.codebook_size, num_windows=samples * (model.num_positions - 1)):
+        return model.window_size * width * model.dim  # values of every offset
+    if config.engine.ops == "native":
+        return 0  # made again
+    return (8 * model.window_size + width * model.heads) * model.dim  # embeddings, keys in float32; mixed
 
 
 def _block_bytes(config: TrainConfig, *, device: Device) -> int:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig
-from training.mixing import attend_by_tables, attend_windows, reference_attend_windows, reference_mix_windows
+from training.mixing import (
+    attend_by_tables,
+    attend_windows,
+    mix_backward_by_torch,
+    mix_by_torch,
+    reference_attend_windows,
+    reference_mix_windows,
+)
 from training.ops import load_ops
 from training.tensorar import build_model
 
@@ -99,6 +106,25 @@ def test_the_gradients_have_the_same_bits_on_any_number_of_threads(dtype: torch.
         results.append([mixed, shares, *sums])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_kernels_which_a_gpu_runs_add_the_same_gradients(dtype: torch.dtype) -> None:
+    load_ops()
+    codes, weights = _inputs(SHAPES[1], dtype)
+    small = [weights[0], weights[1].float(), weights[2].float()]
+    results = []
+    for mix, mix_backward in (
+        (mix_by_torch, mix_backward_by_torch),
+        (torch.ops.tensorar.mix_windows, torch.ops.tensorar.mix_windows_backward),
+    ):
+        sums = [torch.ones_like(weight, dtype=torch.float32) for weight in small]
+        mixed, shares = mix(codes, *small)
+        mix_backward(mixed, shares, codes, *small, *sums)
+        results.append([mixed, *sums])
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    for by_torch, native in zip(*results, strict=True):
+        torch.testing.assert_close(by_torch, native, rtol=bound, atol=bound)
 
 
 def test_torch_finds_nothing_wrong_with_the_registration() -> None:
