@@ -25,6 +25,7 @@ SHAPES = [  # windows, window_size, heads, dim, codebook_size
     (21, 3, 5, 20, 9),
     (33, 8, 7, 112, 90),
     (530, 2, 4, 64, 700),
+    (2800, 4, 4, 768, 100),  # a result that is written past the caches
 ]
 
 

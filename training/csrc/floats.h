@@ -36,11 +36,20 @@ HOST_DEVICE void write_past_cache(float* to, Floats values) {
 #endif
 }
 
+// Before another thread may read what was written past the caches.
+HOST_DEVICE void end_past_cache() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 HOST_DEVICE void write(BFloat16* to, Floats values) {
   const WideBits wide = reinterpret_cast<WideBits>(values);
   const Bits bits = __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, Bits);
   __builtin_memcpy(to, &bits, sizeof bits);
 }
+
+HOST_DEVICE void write_past_cache(BFloat16* to, Floats values) { write(to, values); }
 
 // The last columns of a row whose length is no multiple of 16: zeros stand for those beyond it.
 template <class T>

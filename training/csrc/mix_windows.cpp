@@ -48,6 +48,8 @@ namespace {
 
 // Windows whose rows' gradients wait together for the table's: enough blocks for many threads, few enough for the cache.
 constexpr int64_t SLAB_WINDOWS = 256;
+// From here on a result is written past the caches: nobody finds it there afterwards.
+constexpr int64_t PAST_CACHE_BYTES = 32 << 20;
 
 // The float rows of a small tensor, padded with zeros to whole vectors.
 std::vector<float> padded_rows(const Tensor& rows, int64_t padded) {
@@ -80,6 +82,8 @@ std::tuple<Tensor, Tensor> mix_windows_cpu(const Tensor& codes, const Tensor& ta
   check_codes(op);
   const std::vector<float> offsets_KD = padded_rows(offsets, op.padded()), weight_ND = padded_rows(score_weight, op.padded());
   op.offsets_KD = offsets_KD.data(), op.score_weight_ND = weight_ND.data();
+  const bool is_large = op.num_windows * op.heads * op.dim * sizeof(float) >= PAST_CACHE_BYTES;
+  op.is_past_cache = is_large && !op.is_bfloat16 && op.dim % FLOATS == 0 && reinterpret_cast<uintptr_t>(op.mixed_MND) % 64 == 0;
   torch::stable::parallel_for(0, num_blocks(op.num_windows), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(mix_scratch(op));
     const int64_t first = begin * BLOCK_WINDOWS, last = std::min(op.num_windows, end * BLOCK_WINDOWS);

@@ -19,6 +19,7 @@ constexpr int64_t GROUP_WINDOWS = 4;   // whose keys are in cache together in ba
 struct MixWindows {
   int64_t num_windows, window_size, heads, dim, codebook_size;
   bool is_bfloat16;
+  bool is_past_cache;  // mixed_MND is large, and whole vectors of it are aligned
   const int64_t* codes_MK;
   const void* table_VD;
   const float* offsets_KD;       // rows padded to whole vectors
@@ -139,7 +140,8 @@ HOST_DEVICE void mix_columns(const MixWindows& op, const float* shares_NK, const
     Floats mixed = shares_NK[n * op.window_size] * keys[0];
 #pragma GCC unroll 8
     for (int k = 1; k < Keys; ++k) mixed += shares_NK[n * op.window_size + k] * keys[k];
-    if (count == FLOATS) write(mixed_ND + n * op.dim, mixed);
+    if (op.is_past_cache) write_past_cache(mixed_ND + n * op.dim, mixed);
+    else if (count == FLOATS) write(mixed_ND + n * op.dim, mixed);
     else write(mixed_ND + n * op.dim, mixed, count);
   }
 }
@@ -193,6 +195,7 @@ HOST_DEVICE void mix_block(const MixWindows& op, int64_t first, int64_t last, fl
     softmax(op, codes_K, shares_NK);
     mix(op, shares_NK, keys_KD, static_cast<T*>(op.mixed_MND) + m * op.heads * op.dim);
   }
+  if (op.is_past_cache) end_past_cache();
 }
 
 // What the shares' gradient makes of the scores' gradient: both in `grads_NK`.
