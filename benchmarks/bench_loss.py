@@ -72,10 +72,17 @@ class Output:
         torch.nn.init.normal_(self.model.base.output.weight, std=0.02)
         self.h_BTD = torch.randn(batch, config.num_positions, shape.dim).to(dtype).requires_grad_()
         self.codes_BT = torch.randint(shape.codebook_size, self.h_BTD.shape[:2])
-        states_shape = (batch, config.num_positions * WINDOW_SIZE, shape.dim)
-        self.states_BRD = torch.randn(states_shape).to(dtype).requires_grad_()
+        self.states_BRD = self.h_BTD
 
         self.scored = {way: self._score(stride) for way, stride in STRIDES.items()}
+
+    def prepare(self, part: str, way: str) -> None:
+        """Make the states that the way reads in the part."""
+        if part == "head":
+            batch, num_positions, dim = self.h_BTD.shape
+            num_states = WINDOW_SIZE * num_positions if way == "full" else len(self.scored[way].offsets_R)
+            states = torch.randn(batch, num_states, dim)
+            self.states_BRD = states.to(self.h_BTD.dtype).requires_grad_()
 
     def take(self, part: str, way: str) -> None:
         """One forward and backward."""
@@ -98,7 +105,7 @@ class Output:
         if part == "output":
             result: HeadLoss = self.model.predict(self.h_BTD, scored=scored, readout=readout)
         else:
-            result = readout(self.states_BRD[:, : len(scored.offsets_R)], self.model.base.output.weight)
+            result = readout(self.states_BRD, self.model.base.output.weight)
         return result
 
     def _score(self, stride: int) -> Scored:
@@ -112,6 +119,7 @@ def time_ways(output: Output, part: str, *, rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 1):
         for way in WAYS:
+            output.prepare(part, way)
             began = time.perf_counter()
             output.take(part, way)
             times[way].append(time.perf_counter() - began)
@@ -121,8 +129,10 @@ def time_ways(output: Output, part: str, *, rounds: int) -> dict[str, float]:
 def peak_bytes(shape: Shape, part: str, way: str, dtype: torch.dtype) -> int:
     """Most resident memory of one forward and backward over that before it; for a fresh process."""
     small = Output(SHAPES[-1], dtype=dtype, batch=1)
+    small.prepare(part, way)
     small.take(part, way)  # what torch sets up once
     output = Output(shape, dtype=dtype, batch=MEMORY_BATCH)
+    output.prepare(part, way)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _status_bytes("VmRSS")
     output.take(part, way)

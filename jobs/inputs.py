@@ -11,7 +11,7 @@ from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import list_checkpoints, read_record
 from training.config import ModelConfig, TrainConfig
 from training.data import open_shards
-from training.ops import load_ops
+from training.ops import check_ops
 from training.tensorar import module_hidden_dim
 from training.weights import find_weights, read_header
 
@@ -30,7 +30,7 @@ def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
         NativeOpError: the run is to use the native ops, and there are none.
     """
     if config.engine.ops == "native":
-        load_ops()
+        check_ops(with_cuda=config.cluster.gpus_per_worker > 0)
     open_shards(config)
     if is_new and config.warm_start is not None:
         _check_warm_start(config, config.warm_start)

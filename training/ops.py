@@ -44,17 +44,20 @@ def load_ops() -> bool:
     return True
 
 
-def check_ops(*, device: torch.device) -> None:
-    """Load the library, and check that it has kernels for a device.
+def check_ops(*, with_cuda: bool) -> None:
+    """Load the library, and check that it has what a run needs.
+
+    Args:
+        with_cuda: whether tensors are on CUDA devices.
 
     Raises:
         NativeOpError: see `load_ops`; or it was built without CUDA.
     """
     load_ops()
-    if device.type == "cuda" and sources_mark(has_cuda=True).encode() not in LIBRARY.read_bytes():
+    if with_cuda and sources_mark(has_cuda=True).encode() not in LIBRARY.read_bytes():
         raise NativeOpError(
-            f"native ops {LIBRARY}: they must be built with CUDA to run on {device}; run `TENSORAR_CUDA=1 tensorar "
-            f"build-ops`, or set engine.ops: reference"
+            f"load native ops {LIBRARY}: they must be built with CUDA for a run on CUDA devices; run `TENSORAR_CUDA=1 "
+            f"tensorar build-ops`, or set engine.ops: reference"
         )
 
 
@@ -116,7 +119,7 @@ def _check_library() -> None:
         raise NativeOpError(f"load native ops {LIBRARY}: there is no such file; {_NEXT}")
     if sources_mark().encode() not in LIBRARY.read_bytes():
         raise NativeOpError(
-            f"load native ops {LIBRARY}: it must be built from the sources beside it, but they have changed; {_NEXT}"
+            f"load native ops {LIBRARY}: it must be built from the sources beside it, which have changed; {_NEXT}"
         )
 
 

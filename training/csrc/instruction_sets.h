@@ -4,6 +4,9 @@
 // could be the one for AVX-512.
 #pragma once
 
+#include <stdlib.h>
+#include <string.h>
+
 // FOR_EACH_INSTRUCTION_SET(void kernel(int argument);) declares the kernel of each of them.
 #if defined(__x86_64__)
 #define FOR_EACH_INSTRUCTION_SET(declaration) \
@@ -17,14 +20,18 @@
   declaration                                 \
   }
 #define BEST_OF(kernel) \
-  (tensorar::has_avx512() ? avx512::kernel : tensorar::has_avx2() ? avx2::kernel : baseline::kernel)
+  (tensorar::may_use("avx512") ? avx512::kernel : tensorar::may_use("avx2") ? avx2::kernel : baseline::kernel)
 
 namespace tensorar {
 
-// Must ask for all that training/build_ops.py lets the compiler use.
-static inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static inline bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+// Whether the processor has all that training/build_ops.py lets the compiler use for a set. TENSORAR_INSTRUCTION_SET
+// names the only one to use besides the baseline, so that one machine can test them all.
+static inline bool may_use(const char* name) {
+  const char* only = getenv("TENSORAR_INSTRUCTION_SET");
+  if (only != nullptr && strcmp(only, name) != 0) return false;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (strcmp(name, "avx2") == 0) return has_avx2;
+  return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 

@@ -17,7 +17,8 @@ struct NoiseWindows {
   int64_t num_samples;
   int32_t num_positions, window_size;
   bool is_shared;
-  uint32_t codebook_size, step, key0, key1;
+  uint32_t codebook_size, step;
+  PhiloxKeys keys;
   int64_t thresholds_K[MAX_WINDOW_SIZE];
 
   // Counter word 3: of the window and the offset, or of the position of the code.
@@ -29,11 +30,9 @@ struct NoiseWindows {
   // The word that is compared with the threshold, and the code that replaces where it is lower.
   template <class Word>
   HOST_DEVICE void draw(uint64_t sample, Word cell, Word& chance, Word& replacement) const {
-    const Word zero{};
-    Word words[4] = {zero + (sample & 0xFFFFFFFFu), zero + (sample >> 32), zero + step, cell};
-    philox4x32(words, key0, key1);
-    chance = low_half(words[0]);
-    replacement = multiply(words[1], codebook_size) >> 32;
+    const auto drawn = philox4x32(sample & 0xFFFFFFFFu, sample >> 32, uint64_t{step}, cell, keys);
+    chance = low_half(drawn.words[0]);
+    replacement = multiply(drawn.words[1], codebook_size) >> 32;
   }
 };
 

@@ -57,8 +57,7 @@ inline NoiseWindows checked(const Tensor& codes, const Tensor& counters, const T
   op.is_shared = is_shared;
   op.codebook_size = codebook_size;
   op.step = step;
-  op.key0 = seed & 0xFFFFFFFF;
-  op.key1 = purpose | static_cast<uint32_t>(seed >> 32) << 8;
+  op.keys = PhiloxKeys(seed & 0xFFFFFFFF, purpose | static_cast<uint32_t>(seed >> 32) << 8);
   std::copy(thresholds.begin(), thresholds.end(), op.thresholds_K);
   return op;
 }

@@ -14,20 +14,38 @@ HOST_DEVICE Word low_half(Word word) {
   return word & 0xFFFFFFFFu;
 }
 
-// Ten rounds; overwrites the counter with the four random words, which have leftovers in their high halves.
+// The keys of the ten rounds, in memory: the kernels use them from there.
+struct PhiloxKeys {
+  uint64_t words[10][2];
+
+  PhiloxKeys() = default;
+  explicit PhiloxKeys(uint32_t key0, uint32_t key1) {
+    for (auto& round : words) {
+      round[0] = key0;
+      round[1] = key1;
+      key0 += 0x9E3779B9u;
+      key1 += 0xBB67AE85u;
+    }
+  }
+};
+
 template <class Word>
-HOST_DEVICE void philox4x32(Word (&counter)[4], uint32_t key0, uint32_t key1) {
-#if defined(__CUDACC__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
-  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
-    const Word product0 = multiply(counter[0], 0xD2511F53u), product1 = multiply(counter[2], 0xCD9E8D57u);
-    counter[0] = (product1 >> 32) ^ counter[1] ^ key0;
-    counter[2] = (product0 >> 32) ^ counter[3] ^ key1;
-    counter[1] = product1;
-    counter[3] = product0;
+struct PhiloxWords {
+  Word words[4];
+};
+
+// The four random words of a counter, with leftovers in their high halves. A counter word that all lanes share is given
+// as a scalar and stays one, through the first rounds, until it meets one that they do not share.
+template <int ROUND = 0, class Word0, class Word1, class Word2, class Word3>
+HOST_DEVICE auto philox4x32(Word0 word0, Word1 word1, Word2 word2, Word3 word3, const PhiloxKeys& keys) {
+  if constexpr (ROUND == 10) {
+    return PhiloxWords<Word0>{{word0, word1, word2, word3}};
+  } else {
+    const auto product0 = multiply(word0, 0xD2511F53u);
+    const auto product1 = multiply(word2, 0xCD9E8D57u);
+    const auto* key = keys.words[ROUND];
+    return philox4x32<ROUND + 1>((product1 >> 32) ^ (word1 ^ key[0]), product1, (product0 >> 32) ^ (word3 ^ key[1]),
+                                 product0, keys);
   }
 }
 
