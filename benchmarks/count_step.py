@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config import SIZES, ModelConfig
-from training.flops import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACKWARD, step_parts
+from training.flops import FLOPS_PER_MULTIPLY_ADD, FORWARD_AND_BACKWARD, model_flops_per_sample
 from training.gpt import feed_forward_dim
 from training.tensorar import has_tables, module_hidden_dim
 
@@ -112,13 +112,14 @@ def encoder_paths(config: ModelConfig, batch: int) -> dict[str, Cost]:
     }
 
 
-def decoder_paths(config: ModelConfig, batch: int) -> dict[str, Cost]:
-    """The output decoder's ways from a state to K states."""
-    dim, heads, size = config.dim, config.heads, config.window_size
+def decoder_paths(config: ModelConfig, batch: int, *, keeps_one_of: int = 1) -> dict[str, Cost]:
+    """The output decoder's ways from a state to K states, or to those that are scored."""
+    dim, heads = config.dim, config.heads
+    size = 1 + (config.window_size - 1) / keeps_one_of
     rows = batch * config.num_positions
     end = feed_forward(config, rows * size)
     joint = product(rows * (size + 1), dim, 4 * dim) + moved(12 * rows * (size + 1) * dim)
-    gates = product(rows, dim, size * heads)
+    gates = product(rows, dim, config.window_size * heads)
     spread = FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * rows * size * heads * dim
     per_head = product(rows, dim, dim) + moved(2 * rows * heads * dim) + moved(3 * rows * heads * dim)
     return {
@@ -145,7 +146,7 @@ def parts(config: ModelConfig, batch: int, *, keeps_one_of: int) -> dict[str, Co
     path = "tables of codes" if is_by_tables else "mixed before the values, in cache"
     modules = {
         "input encoder": encoder_paths(config, batch)[path],
-        "output decoder": decoder_paths(config, batch)["a gate a head"],
+        "output decoder": decoder_paths(config, batch, keeps_one_of=keeps_one_of)["a gate a head"],
     }
     has_modules = config.window_size > 1
     return {
@@ -180,8 +181,8 @@ def print_parts(batch: int, window_size: int, keeps_one_of: int) -> None:
     configs = [config_of(size, window_size=window_size) for size in sizes]
     costs = [parts(config, batch, keeps_one_of=keeps_one_of) for config in configs]
     for cost, config in zip(costs, configs, strict=True):
-        counted = step_parts(config, micro_batch_size=batch)
-        assert abs(cost["base stack"].flops / batch / 6 / counted.base_stack - 1) < 1e-9
+        counted = model_flops_per_sample(config, micro_batch_size=batch, scored_stride=keeps_one_of)
+        assert abs(sum_of(cost).flops / batch / counted - 1) < 0.005, (sum_of(cost).flops / batch, counted)
     bases = [sum_of(parts(config_of(size, window_size=1), batch, keeps_one_of=1)) for size in sizes]
     units = {
         "GFLOP a sample": lambda cost: number(cost.flops / batch / 1e9),
