@@ -29,6 +29,7 @@ from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
 from training.saver import CheckpointWriter
+from training.scored import score_predictions
 from training.tensorar import build_model
 
 FINGERPRINT = Fingerprint(weights_sha256="0" * 64, network=VQConfig(), image_size_px=64, batch_size=8, dtype="float32")
@@ -60,7 +61,8 @@ def engine_of(config: TrainConfig, ranks: Ranks) -> Engine:
 def take_step(engine: Engine, config: TrainConfig) -> None:
     """One step, after which the optimiser has its state."""
     codes_BT = torch.zeros(1, config.model.num_positions, dtype=torch.long)
-    engine.backward(window_loss(engine(codes_BT[..., None], torch.zeros(1, dtype=torch.long)), codes_BT).loss)
+    scored = score_predictions(codes_BT, window_size=1)
+    engine.backward(window_loss(engine, codes_BT[..., None], torch.zeros(1, dtype=torch.long), scored=scored).loss)
     engine.step()
 
 

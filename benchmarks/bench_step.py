@@ -20,9 +20,10 @@ import torch
 
 from training.config import DType, TrainConfig
 from training.engine import Engine, build_engine, parameter_groups, take_step
-from training.inputs import make_inputs
+from training.inputs import Inputs, make_inputs
 from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
+from training.scored import score_predictions
 from training.tensorar import TensorAR, build_model
 
 LOCAL_BATCH_SIZE = 16
@@ -63,7 +64,7 @@ class Batches:
         self.labels = random.integers(0, config.model.num_classes, LOCAL_BATCH_SIZE)
         self.counters = np.arange(LOCAL_BATCH_SIZE, dtype=np.int64) + ranks.rank * LOCAL_BATCH_SIZE
 
-    def inputs(self, step: int) -> Any:
+    def inputs(self, step: int) -> Inputs:
         """Windows, labels and codes of a step."""
         return make_inputs(
             self.codes,
@@ -74,6 +75,12 @@ class Batches:
             label_dropout=self.config.model.label_dropout,
             device=self.ranks.device,
         )
+
+
+def loss_of(model: Engine | TensorAR, inputs: Inputs) -> torch.Tensor:
+    """The training loss, every prediction scored."""
+    scored = score_predictions(inputs.codes_BT, window_size=inputs.windows_BTK.shape[2])
+    return window_loss(model, inputs.windows_BTK, inputs.labels_B, scored=scored).loss
 
 
 def engine_step(engine: Engine, batches: Batches, parts: dict[str, list[float]]) -> Callable[[int], None]:
@@ -89,8 +96,7 @@ def engine_step(engine: Engine, batches: Batches, parts: dict[str, list[float]])
         with timed("inputs"):
             inputs = batches.inputs(step)
         with timed("forward"):
-            logits = engine(inputs.windows_BTK, inputs.labels_B)
-            loss = window_loss(logits, inputs.codes_BT).loss
+            loss = loss_of(engine, inputs)
         with timed("backward"):
             engine.backward(loss)
         with timed("update"):
@@ -115,7 +121,7 @@ def bare_step(model: TensorAR, config: TrainConfig, batches: Batches) -> Callabl
     optimizer = torch.optim.AdamW(groups, **rates)
 
     def take(_: int) -> None:
-        window_loss(model(inputs.windows_BTK, inputs.labels_B), inputs.codes_BT).loss.backward()
+        loss_of(model, inputs).backward()
         if is_low:
             for master, parameter in zip(optimized, parameters, strict=True):
                 assert parameter.grad is not None

@@ -146,6 +146,14 @@ def doctor() -> None:
         sys.exit(EXIT_FAILED)
 
 
+@main.command("build-ops")
+def build_ops_command() -> None:
+    """Compile the native ops; TENSORAR_CUDA=auto|0|1 says whether for CUDA too."""
+    from training.build_ops import build_ops  # noqa: PLC0415  (finds torch)
+
+    click.echo(f"native ops: {build_ops()}")
+
+
 @main.command("retry-rejects")
 @click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
 @OVERRIDES

@@ -65,6 +65,7 @@ def _checks(data_root: Path) -> list[Callable[[], Check]]:
         check_cuda,
         lambda: check_package("ray"),
         lambda: check_package("deepspeed"),
+        check_native_ops,
         check_nvcc,
         check_cores,
         lambda: check_size("memory", _memory_bytes(), MIN_MEMORY_BYTES, action="use a machine with more memory"),
@@ -112,6 +113,19 @@ def check_package(name: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", "install the pinned environment: make venv")
+
+
+def check_native_ops() -> Check:
+    """Whether the library of native ops is built from its sources, and whether for CUDA."""
+    from training.build_ops import LIBRARY, sources_mark  # noqa: PLC0415  (only this command needs it)
+    from training.ops import NativeOpError, load_ops  # noqa: PLC0415  (heavy; only this command needs it)
+
+    try:
+        load_ops()
+    except NativeOpError as error:
+        return Check("native ops", "fail", str(error), "run `tensorar build-ops`, or set engine.ops: reference")
+    has_cuda = sources_mark(has_cuda=True).encode() in LIBRARY.read_bytes()
+    return Check("native ops", "ok", f"{LIBRARY.name}, for the CPU {'and CUDA' if has_cuda else 'alone'}")
 
 
 def check_nvcc() -> Check:

@@ -11,6 +11,7 @@ from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import list_checkpoints, read_record
 from training.config import ModelConfig, TrainConfig
 from training.data import open_shards
+from training.ops import check_ops
 from training.tensorar import module_hidden_dim
 from training.weights import find_weights, read_header
 
@@ -18,7 +19,7 @@ _FIELDS = ("layers", "heads", "dim", "codebook_size", "num_classes")
 
 
 def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
-    """Check shards, held-out shards and the warm start against each other and the model.
+    """Check the native ops, and shards, held-out shards and the warm start against each other and the model.
 
     Args:
         config: of the run.
@@ -26,7 +27,10 @@ def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
 
     Raises:
         ArtifactError: something is missing, damaged, or was not made for this run; the message says what to do.
+        NativeOpError: the run is to use the native ops, and there are none.
     """
+    if config.engine.ops == "native":
+        check_ops(with_cuda=config.cluster.gpus_per_worker > 0)
     open_shards(config)
     if is_new and config.warm_start is not None:
         _check_warm_start(config, config.warm_start)

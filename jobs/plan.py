@@ -32,7 +32,7 @@ _ROWS = (
     ("kept by malloc", "heap"),
     ("checkpoint's copy (host)", "checkpoint_copy"),
     ("at the loss: activations", "activations"),
-    ("at the loss: logits", "logits"),
+    ("at the loss: itself", "loss"),
     ("in backward", "backward_work"),
     ("in the step", "step_work"),
     ("peak", "peak"),
@@ -72,7 +72,9 @@ def plan_summary(config: TrainConfig, *, world_size: int) -> str:
     """Return work per step, bytes on disk and the verdict, one a line."""
     engine, model = config.engine, config.model
     samples = micro_batch_size(config, world_size=world_size)
-    flops = engine.global_batch_size * model_flops_per_sample(model, micro_batch_size=samples)
+    flops = engine.global_batch_size * model_flops_per_sample(
+        model, micro_batch_size=samples, scored_stride=config.noise.scored_stride
+    )
     return "\n".join(
         (
             f"parameters:  {num_parameters(model):,}",

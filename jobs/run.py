@@ -49,6 +49,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "engine.activation_checkpointing",
         "engine.micro_batch_size",
         "engine.offload_optimizer",
+        "engine.ops",
         "engine.peak_tflops",
         "engine.step_timeout_s",
         "engine.zero_stage",

@@ -23,6 +23,7 @@ from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
 from training.saver import CheckpointWriter
+from training.scored import score_predictions
 from training.tensorar import build_model
 
 
@@ -33,7 +34,8 @@ def take_step(engine: Engine, step: int, *, config: TrainConfig, ranks: Ranks) -
     labels_B = torch.randint(0, model.num_classes, (size,), generator=generator)
     own = slice(ranks.rank * size // ranks.world_size, (ranks.rank + 1) * size // ranks.world_size)
     torch.manual_seed(1000 * step + ranks.rank)  # of dropout
-    result = window_loss(engine(codes_BT[own, :, None], labels_B[own]), codes_BT[own])
+    scored = score_predictions(codes_BT[own], window_size=1)
+    result = window_loss(engine, codes_BT[own, :, None], labels_B[own], scored=scored)
     engine.backward(result.loss)
     engine.step()
     return float(ranks.sum(result.loss.detach().clone().double())) / ranks.world_size

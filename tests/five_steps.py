@@ -10,6 +10,7 @@ from training.config import ModelConfig, TrainConfig
 from training.engine import build_engine, full_average, full_weights, take_step
 from training.loss import window_loss
 from training.ranks import join_ranks, leave_ranks
+from training.scored import score_predictions
 from training.tensorar import build_model
 
 oracles, zero_stage = Path(sys.argv[1]), int(sys.argv[2])
@@ -48,7 +49,7 @@ engine = build_engine(model, config=config, ranks=ranks)
 own = slice(ranks.rank * 4 // ranks.world_size, (ranks.rank + 1) * 4 // ranks.world_size)
 for step in range(5):
     codes, labels = steps["idx"][step, own], steps["labels"][step, own]
-    result = window_loss(engine(codes[..., None], labels), codes)
+    result = window_loss(engine, codes[..., None], labels, scored=score_predictions(codes, window_size=1))
     engine.backward(result.loss)
     norm = take_step(engine, may_update=True)
     loss = ranks.sum(result.loss.detach().clone()) / ranks.world_size

@@ -14,6 +14,7 @@ from training.config import TrainConfig
 from training.engine import Engine, build_engine, full_average, full_weights, take_step
 from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
+from training.scored import score_predictions
 from training.tensorar import build_model
 
 BATCH_SIZE = 8
@@ -76,7 +77,8 @@ class Trainer:
             own = slice(first, first + size)
             windows = torch.stack([codes[own], codes[own].roll(-1, 1)], dim=-1)
             torch.manual_seed(step * 100 + micro_step)
-            loss = window_loss(self.engine(windows, labels[own]), codes[own]).loss
+            scored = score_predictions(codes[own], window_size=2)
+            loss = window_loss(self.engine, windows, labels[own], scored=scored).loss
             is_last = micro_step == self.num_micro_steps - 1
             self.engine.backward(loss * (factors[self.ranks.rank] if is_last else 1.0))
             norm = take_step(self.engine, may_update=may_update)

@@ -106,6 +106,9 @@ class NoiseConfig(Config):
     """Share of global batches whose drafts are sampled from the model itself instead of noised [ours]."""
     offset_weights: tuple[NonNegativeFloat, ...] | None = None
     """Loss weight of each offset; none is 1/k each. Normalised to sum 1 [ours]."""
+    scored_stride: PositiveInt = 1
+    """In training, offsets >= 1 are scored at every n-th position only, from a random phase on, each counting n times:
+    an unbiased estimate of the loss for less work; 1 is exact. Validation is exact always [ours]."""
 
 
 class OptimizerConfig(Config):
@@ -144,6 +147,8 @@ class EngineConfig(Config):
     """Whether each block's activations are computed again in backward: about a third more time, far less memory."""
     compile_mode: Literal["none", "default", "max-autotune"] = "none"
     """torch.compile of every block (ZeRO 0 to 2); losses then differ in the last bits from those without."""
+    ops: Literal["native", "reference"] = "native"
+    """TensorAR's own work as compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in 10^12 FLOP/s, for MFU; none measures a matrix product at start."""
     step_timeout_s: PositiveFloat = 600.0
@@ -248,6 +253,11 @@ class TrainConfig(Config):
             )
         if weights is not None and (weights[0] == 0 or sum(weights) == 0):
             raise ValueError(f"noise.offset_weights must weigh offset 0, the code that is kept, got {weights}")
+        if self.noise.scored_stride > self.model.num_positions:
+            raise ValueError(
+                f"noise.scored_stride must be in [1, model.codes_per_side ** 2 = {self.model.num_positions}], "
+                f"got {self.noise.scored_stride}"
+            )
         if self.cluster.launcher == "ray":
             self.engine.grad_accumulation(self.cluster.num_workers)
         return self

@@ -7,75 +7,81 @@ again, the extra forward of own drafts, the optimiser, and everything elementwis
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from training.config import ModelConfig
 from training.gpt import feed_forward_dim
-from training.tensorar import module_hidden_dim
+from training.scored import scored_of_offset
+from training.tensorar import has_tables, module_hidden_dim
 
-_FLOPS_PER_MULTIPLY_ADD = 2
-_FORWARD_AND_BACKWARD = 3
+FLOPS_PER_MULTIPLY_ADD = 2
+FORWARD_AND_BACKWARD = 3
 
 
-def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int) -> float:
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """Multiply-adds of one sample's forward, part by part; what a micro batch shares is dealt out over its samples."""
+
+    base_stack: float
+    """All blocks; the condition stands in for the code that is not fed."""
+    input_encoder: float
+    output_decoder: float
+    heads: float
+    """Of all offsets."""
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.base_stack + self.input_encoder + self.output_decoder + self.heads
+
+
+def model_flops_per_sample(config: ModelConfig, *, micro_batch_size: int, scored_stride: int = 1) -> float:
     """Return the FLOPs of forward and backward of one sample.
 
     Args:
         config: of the model.
         micro_batch_size: samples per forward; the products that a whole micro batch shares are dealt out over them.
+        scored_stride: `noise.scored_stride` of the run: what is not scored is not computed.
     """
-    shared = _encoder_shared(config, micro_batch_size) + _decoder_shared(config)
-    multiply_adds = _backbone(config) + _head(config) + _encoder(config, micro_batch_size) + _decoder(config)
-    multiply_adds += shared / micro_batch_size
-    return _FORWARD_AND_BACKWARD * _FLOPS_PER_MULTIPLY_ADD * multiply_adds
+    parts = step_parts(config, micro_batch_size=micro_batch_size, scored_stride=scored_stride)
+    return FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * parts.total
 
 
-def _backbone(config: ModelConfig) -> float:
-    """Multiply-adds of a sample's forward through all blocks; the condition stands in for the code that is not fed."""
+def step_parts(config: ModelConfig, *, micro_batch_size: int, scored_stride: int = 1) -> StepParts:
+    """Return what the parts of the model cost; the arguments are those of `model_flops_per_sample`."""
+    num_scored = sum(scored_of_offset(config.num_positions, window_size=config.window_size, stride=scored_stride))
+    has_modules = config.window_size > 1
+    return StepParts(
+        base_stack=_base_stack(config),
+        input_encoder=_encoder(config, micro_batch_size) if has_modules else 0.0,
+        output_decoder=_decoder(config, num_scored, micro_batch_size) if has_modules else 0.0,
+        heads=float(num_scored * config.dim * config.codebook_size),
+    )
+
+
+def _base_stack(config: ModelConfig) -> float:
     length, dim = config.num_positions, config.dim
     projections = 4 * dim * dim + 3 * dim * feed_forward_dim(dim)
     attention = 2 * length * dim
     return float(config.layers * length * (projections + attention))
 
 
-def _head(config: ModelConfig) -> float:
-    return float(config.num_positions * config.window_size * config.dim * config.codebook_size)
-
-
 def _encoder(config: ModelConfig, micro_batch_size: int) -> float:
-    """Multiply-adds of a sample in the input encoder, keys and values too where they are not tables."""
-    if config.window_size == 1:
-        return 0.0
-    dim, num_windows = config.dim, config.num_positions - 1
+    """What every window costs, then what a micro batch does: one query, the tables where there are any."""
+    dim, heads, num_windows = config.dim, config.heads, config.num_positions - 1
     per_window = dim * dim + 3 * dim * module_hidden_dim(config)
-    if not _has_tables(config, micro_batch_size):
-        per_window += config.window_size * dim * (dim + config.heads)
-    return float(num_windows * per_window)
+    shared = 2 * dim * dim
+    if has_tables(codebook_size=config.codebook_size, num_windows=micro_batch_size * num_windows):
+        shared += (config.codebook_size + config.window_size) * dim * (dim + heads)
+    else:
+        per_window += dim * dim + 2 * config.window_size * dim * heads
+    return num_windows * per_window + shared / micro_batch_size
 
 
-def _encoder_shared(config: ModelConfig, micro_batch_size: int) -> float:
-    """Multiply-adds of a micro batch in the input encoder: its one query, and the tables of (code, offset)."""
-    if config.window_size == 1:
-        return 0.0
-    query = 2 * config.dim * config.dim
-    num_pairs = config.codebook_size * config.window_size if _has_tables(config, micro_batch_size) else 0
-    return float(query + num_pairs * config.dim * (config.dim + config.heads))
-
-
-def _has_tables(config: ModelConfig, micro_batch_size: int) -> bool:
-    return config.codebook_size < micro_batch_size * (config.num_positions - 1)
-
-
-def _decoder(config: ModelConfig) -> float:
-    if config.window_size == 1:
-        return 0.0
-    dim = config.dim
-    per_state = dim * dim + dim * config.window_size * config.heads
-    per_offset = dim * dim + 3 * dim * module_hidden_dim(config)
-    return float(config.num_positions * (per_state + config.window_size * per_offset))
-
-
-def _decoder_shared(config: ModelConfig) -> float:
-    """Multiply-adds of a micro batch in the output decoder: its queries, their keys, values and attention."""
-    if config.window_size == 1:
-        return 0.0
+def _decoder(config: ModelConfig, num_scored: int, micro_batch_size: int) -> float:
+    """States and predictions; then what a micro batch shares: the queries, their keys, values and attention."""
     dim, window_size = config.dim, config.window_size
-    return float(window_size * (3 * dim * dim + window_size * dim * (config.heads + 1)))
+    per_state = dim * dim + dim * window_size * config.heads
+    per_prediction = dim * dim + 3 * dim * module_hidden_dim(config)
+    shared = window_size * (3 * dim * dim + window_size * dim * (config.heads + 1))
+    return config.num_positions * per_state + num_scored * per_prediction + shared / micro_batch_size

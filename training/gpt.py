@@ -9,9 +9,10 @@ B batch, L length, T positions, D model_dim, N heads, H head_dim, V codebook_siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from training.config import ModelConfig
+
+Readout = Callable[[Tensor, Tensor], Any]
+"""What is made of normalised states (..., D) and the head's weight (V, D): logits, a loss, drawn codes."""
 
 NORM_EPS = 1e-5
 ROTARY_BASE = 10000.0
@@ -176,6 +180,22 @@ class LabelEmbedding(nn.Module):
         return out
 
 
+class Head(nn.Linear):
+    """The projection to logits; all that needs its weight happens in its own forward, as ZeRO-3 demands."""
+
+    def forward(self, states: Tensor, *, readout: Readout = F.linear) -> Any:
+        """What `readout` makes of states (..., D); by default logits (..., V)."""
+        return readout(states, self.weight)
+
+
+class CodeEmbedding(nn.Embedding):
+    """The table of codes; what reads all of it does so in this module's own forward, as ZeRO-3 demands."""
+
+    def forward(self, codes: Tensor, read: Callable[..., Tensor] | None = None, *weights: Tensor) -> Tensor:
+        """(..., D) embeddings of int64 codes (...), or `read(codes, table, *weights)`."""
+        return super().forward(codes) if read is None else read(codes, self.weight, *weights)
+
+
 class GPT(nn.Module):
     """LlamaGen's class-conditional decoder; state-dict keys and order are LlamaGen's.
 
@@ -187,10 +207,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.cls_embedding = LabelEmbedding(config.num_classes, config.dim)
-        self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
+        self.tok_embeddings = CodeEmbedding(config.codebook_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim)
-        self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
+        self.output = Head(config.dim, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recomputes_activations = False
         self.apply(init_weights)
@@ -230,10 +250,9 @@ class GPT(nn.Module):
         out: Tensor = h
         return out
 
-    def head(self, h: Tensor) -> Tensor:
-        """Logits (..., V) of states (..., D), in the model's dtype."""
-        out: Tensor = self.output(self.norm(h))
-        return out
+    def head(self, h: Tensor, *, readout: Readout = F.linear) -> Any:
+        """What `readout` makes of states (..., D), normed first; by default logits (..., V) in the model's dtype."""
+        return self.output(self.norm(h), readout=readout)
 
     def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """Training logits (B, T, V): position p, from the label and the codes before p, predicts code p.
@@ -243,7 +262,8 @@ class GPT(nn.Module):
             labels_B: int64 in [0, num_classes].
         """
         x_BTD = torch.cat([self.embed_labels(labels_B), self.embed_codes(codes_BT[:, :-1])], dim=1)
-        return self.head(self.backbone(x_BTD))
+        out: Tensor = self.head(self.backbone(x_BTD))
+        return out
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.philox import Int64Array, Purpose, random_words
+from training import ops
 from training.config import TrainConfig
 from training.noise import beta_of_offset, draft_windows, drop_labels, noise_windows
 
@@ -55,7 +56,8 @@ def make_inputs(
         device: where the inputs go.
     """
     codes, labels, counters = (torch.from_numpy(array).to(device) for array in (codes_BT, labels_B, counters_B))
-    windows_BTK = noise_windows(
+    noise = ops.noise_windows if config.engine.ops == "native" else noise_windows
+    windows_BTK = noise(
         codes,
         betas=beta_of_offset(config.noise, window_size=config.model.window_size),
         codebook_size=config.model.codebook_size,

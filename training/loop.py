@@ -27,6 +27,7 @@ from training.config import TrainConfig
 from training.data import open_shards
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
+from training.ops import check_ops
 from training.progress import Progress, StepMeasures, StepTimes
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
@@ -68,9 +69,12 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
     Raises:
         ArtifactError: the shards or the checkpoints do not allow the run; the message says what to do.
         ValueError: the environment or the spec does not fit the world size, or a package is missing.
+        NativeOpError: the spec asks for the native ops, and there are none.
         FloatingPointError: more than `max_skipped_steps` steps were not finite.
     """
     check_wandb(config)
+    if config.engine.ops == "native":
+        check_ops(with_cuda=torch.cuda.is_available())
     ranks = join_ranks(step_timeout_s=config.engine.step_timeout_s)
     with (
         closing(RunFiles(config, rank=ranks.rank)) as files,
@@ -95,6 +99,8 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
 def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointRecord | None) -> Engine:
     torch.manual_seed(config.seed)
     model = build_model(config.model)
+    if config.engine.ops == "native":
+        model.use_native_ops()
     if record is None and config.warm_start is not None:
         logger.info("warm start from %s", config.warm_start)
         warm_start(model, config.warm_start, s3=config.s3)

@@ -1,20 +1,25 @@
-"""The loss of windows: cross-entropy per offset in float32, weighted over the offsets.
+"""The loss of windows: cross-entropy per offset, weighted over the offsets, read out of a model without full logits.
 
-Targets beyond the last code are ignored; each offset's loss is the mean over its own valid targets, so that the weights
-mean what they say at the tail too. One float32 copy of the logits is made.
+Targets beyond the last code are ignored; each offset's loss is the mean over its own valid targets (or an unbiased
+estimate of it, see `training.scored`), so that the weights mean what they say at the tail too.
 
-B batch, T positions, K window_size, V codebook_size.
+B batch, T positions, K window_size, V codebook_size, R predictions scored of a sample.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.cross_entropy import HeadLoss, head_cross_entropy, wide_dtype
 from training.noise import make_windows
+from training.scored import Scored
 
 
 @dataclass(frozen=True)
@@ -24,19 +29,26 @@ class WindowLoss:
     loss: Tensor
     """Scalar float32 with gradient."""
     loss_of_offset_K: Tensor
-    """(K,) float32, mean cross-entropy in nats; detached."""
+    """(K,) float32, mean cross-entropy in nats, estimated where a sample of the predictions is scored; detached."""
     accuracy_of_offset_K: Tensor
-    """(K,) float32 in [0, 1]; detached."""
+    """(K,) float32 in [0, 1], share of the scored predictions whose largest logit is the target's; detached."""
 
 
 def window_loss(
-    logits_BTKV: Tensor, codes_BT: Tensor, *, offset_weights: tuple[float, ...] | None = None
+    model: Callable[..., Any],
+    windows_BTK: Tensor,
+    labels_B: Tensor,
+    *,
+    scored: Scored,
+    offset_weights: tuple[float, ...] | None = None,
 ) -> WindowLoss:
-    """Weighted cross-entropy of windows.
+    """Weighted cross-entropy of a model's predictions; in a float64 model all of it is float64.
 
     Args:
-        logits_BTKV: any float dtype; position p, offset j predicts code p + j.
-        codes_BT: int64, the true codes.
+        model: a `TensorAR`, or the DeepSpeed engine around one.
+        windows_BTK: int64, as the model reads them.
+        labels_B: int64.
+        scored: the predictions that count, and their targets.
         offset_weights: K weights, normalised to sum 1; none is 1/K each.
 
     Returns:
@@ -47,18 +59,52 @@ def window_loss(
 
     Source: method.md, sum over i, j of w_j * CE(logits_{i,j}, x_{i+1+j}).
     """
+    shares = _shares(offset_weights, window_size=len(scored.num_of_offset))
+    parts: HeadLoss = model(windows_BTK, labels_B, scored=scored, readout=partial(_read_loss, scored, shares))
+    sums_K = scored.sum_of_offset(parts.entropies)
+    num_hits_K, num_inside_K = (scored.sum_of_offset(x) for x in (parts.hits, torch.ones_like(parts.hits)))
+    return WindowLoss(
+        loss=parts.loss,
+        loss_of_offset_K=sums_K * sums_K.new_tensor(scored.scale_of_offset),
+        accuracy_of_offset_K=num_hits_K / num_inside_K.clamp(min=1),
+    )
+
+
+def _read_loss(scored: Scored, shares: list[float], states_BRD: Tensor, weight_VD: Tensor) -> HeadLoss:
+    of_offset = [share * scale for share, scale in zip(shares, scored.scale_of_offset, strict=True)]
+    weights_K = torch.tensor(of_offset, dtype=wide_dtype(states_BRD.dtype), device=states_BRD.device)
+    row_weights_BR = weights_K[scored.offsets_R] * scored.is_inside_BR
+    return head_cross_entropy(states_BRD, weight_VD, targets=scored.targets_BR, row_weights=row_weights_BR)
+
+
+def reference_window_loss(
+    logits_BTKV: Tensor, codes_BT: Tensor, *, offset_weights: tuple[float, ...] | None = None
+) -> WindowLoss:
+    """What `window_loss` computes, from full logits in plain torch: for tests and benchmarks to compare with.
+
+    Args:
+        logits_BTKV: any float dtype; position p, offset j predicts code p + j.
+        codes_BT: int64, the true codes.
+        offset_weights: as in `window_loss`.
+
+    Raises:
+        ValueError: the weights are not K, or sum to 0.
+    """
     window_size = logits_BTKV.shape[2]
+    targets_BTK, valid_TK = make_windows(codes_BT, window_size=window_size)
+    wide = wide_dtype(logits_BTKV.dtype)
+    entropies = F.cross_entropy(logits_BTKV.flatten(0, 2).to(wide), targets_BTK.flatten(), reduction="none")
+    counts_K = valid_TK.sum(0) * codes_BT.shape[0]
+    loss_K = (entropies.view_as(targets_BTK) * valid_TK).sum((0, 1)) / counts_K
+    shares_K = loss_K.new_tensor(_shares(offset_weights, window_size=window_size))
+    hits = (logits_BTKV.argmax(-1) == targets_BTK) & valid_TK
+    return WindowLoss((loss_K * shares_K).sum(), loss_K.detach(), hits.sum((0, 1)) / counts_K)
+
+
+def _shares(offset_weights: tuple[float, ...] | None, *, window_size: int) -> list[float]:
     weights = offset_weights or (1.0,) * window_size
     if len(weights) != window_size or not sum(weights) > 0:
         raise ValueError(
             f"window loss: offset_weights must be {window_size} weights of positive sum, got {weights}; give them"
         )
-    targets_BTK, valid_TK = make_windows(codes_BT, window_size=window_size)
-    entropies = F.cross_entropy(logits_BTKV.flatten(0, 2).float(), targets_BTK.flatten(), reduction="none")
-    counts_K = valid_TK.sum(0) * codes_BT.shape[0]
-    loss_K = (entropies.view_as(targets_BTK) * valid_TK).sum((0, 1)) / counts_K
-    with torch.no_grad():
-        hits = (logits_BTKV.argmax(-1) == targets_BTK) & valid_TK
-        accuracy_K = hits.sum((0, 1)) / counts_K
-    weights_K = torch.tensor(weights, dtype=torch.float32, device=loss_K.device)
-    return WindowLoss((loss_K * weights_K).sum() / weights_K.sum(), loss_K.detach(), accuracy_K)
+    return [weight / sum(weights) for weight in weights]

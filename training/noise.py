@@ -9,6 +9,7 @@ B batch, T positions, K window_size, V codebook_size.
 
 from __future__ import annotations
 
+from functools import partial
 from math import exp, pi, sin, sqrt
 from typing import Literal
 
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from training.config import NoiseConfig
+from training.cross_entropy import chunk_bytes_of, rows_per_chunk
 from training.gpt import evaluation_mode
 from training.philox import Purpose, cell_of, draw_words, unit_interval
+
+_BYTES_PER_DRAFT_LOGIT = 16
+"""A draft's logit, the same in float32, its probability and the sum up to it."""
 
 
 def beta_of_offset(config: NoiseConfig, *, window_size: int) -> tuple[float, ...]:
@@ -130,7 +135,7 @@ def draft_windows(
     gradient and without dropout over `windows_BTK`. Draws invert the CDF with one uniform per (position, offset).
 
     Args:
-        model: windows_BTK, labels_B -> logits_BTKV, e.g. `TensorAR`; its training mode is restored.
+        model: a `TensorAR`; its training mode is restored.
         windows_BTK: int64, windows of the first pass (noised by the schedule), offset 0 true.
         labels_B: int64.
         temperature: > 0, of the drafts.
@@ -141,14 +146,27 @@ def draft_windows(
     Returns:
         windows_BTK int64.
     """
-    with evaluation_mode(model):
-        logits = model(windows_BTK, labels_B)[:, :, 1:]
     positions = torch.arange(windows_BTK.shape[1], device=windows_BTK.device)[:, None]
     offsets = torch.arange(1, windows_BTK.shape[2], device=windows_BTK.device)
     samples = sample_counters_B.to(windows_BTK.device)[:, None, None]
     words, *_ = draw_words(Purpose.OWN_DRAFTS, seed=seed, samples=samples, step=step, cells=cell_of(positions, offsets))
-    drafts = _invert_cdf(logits, unit_interval(words), temperature=temperature)
+    draw = partial(_draw_drafts, uniforms=unit_interval(words), temperature=temperature)
+    with evaluation_mode(model):
+        drafts = model(windows_BTK, labels_B, readout=draw)
     return torch.cat([windows_BTK[:, :, :1], drafts], dim=2)
+
+
+def _draw_drafts(states_BTKD: Tensor, weight_VD: Tensor, *, uniforms: Tensor, temperature: float) -> Tensor:
+    """Codes at offsets >= 1, one per uniform; logits exist for a chunk of rows at a time."""
+    states, codebook_size = states_BTKD[:, :, 1:].flatten(0, 2), weight_VD.shape[0]
+    size = rows_per_chunk(
+        len(states), bytes_per_row=_BYTES_PER_DRAFT_LOGIT * codebook_size, chunk_bytes=chunk_bytes_of(states.device)
+    )
+    drafts = [
+        _invert_cdf(nn.functional.linear(rows, weight_VD), draws, temperature=temperature)
+        for rows, draws in zip(torch.split(states, size), torch.split(uniforms.flatten(), size), strict=True)
+    ]
+    return torch.cat(drafts).view_as(uniforms)
 
 
 def _invert_cdf(logits: Tensor, uniforms: Tensor, *, temperature: float) -> Tensor:

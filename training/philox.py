@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     """Step = training step; cell = 0."""
     SAMPLING = 5
     """Step = offset of the prediction, 0 for finals and coupled drafts; cell = (position of the code, code // 4)."""
+    SCORED_PHASES = 6
+    """Step = training step; cell = (0, offset)."""
 
 
 def philox4x32(counters: Tensor, keys: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.config import ModelConfig, TrainConfig
+from training.cross_entropy import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES
 from training.engine import BUCKET_ELEMENTS
 from training.gpt import feed_forward_dim
-from training.tensorar import module_hidden_dim, num_added_parameters
+from training.scored import scored_of_offset
+from training.tensorar import has_tables, module_hidden_dim, num_added_parameters
 
 Device = Literal["cpu", "cuda"]
 ZERO_STAGES = (0, 1, 2, 3)
@@ -58,8 +60,8 @@ class Memory:
     """In host memory, while a checkpoint is written in the background."""
     activations: int
     """Kept for backward, at the loss."""
-    logits: int
-    """Logits, their float32 forms and their gradients at the loss."""
+    loss: int
+    """A chunk of logits, and the gradients that the loss makes at once."""
     backward_work: int
     """In backward: gathered weights, a recomputed block, flat buffers."""
     step_work: int
@@ -77,7 +79,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """The largest of the moments: the loss, backward, the optimiser's step."""
-        return self.lasting + max(self.activations + self.logits, self.backward_work, self.step_work)
+        return self.lasting + max(self.activations + self.loss, self.backward_work, self.step_work)
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -139,7 +141,7 @@ def estimate_memory(
         heap=_heap_bytes(config, samples=samples, zero_stage=zero_stage) if is_cpu and has_heap else 0,
         checkpoint_copy=num_own * (12 + average) * config.checkpoint.background,
         activations=gathered + samples * kept_bytes(config, device=device),
-        logits=samples * logit_bytes(config),
+        loss=loss_bytes(config, samples=samples, device=device),
         backward_work=block + gathered + (num_all * width if zero_stage == 0 else bucket),
         step_work=num_states * _step_bytes(zero_stage, width=width),
         is_copy_on_device=is_cpu,
@@ -147,28 +149,49 @@ def estimate_memory(
 
 
 def kept_bytes(config: TrainConfig, *, device: Device) -> int:
-    """Return the bytes per sample that autograd keeps from forward to backward, but for the logits."""
+    """Return the bytes per sample that autograd keeps from forward to backward, but for the loss's own."""
     model, width = config.model, _width(config)
-    tokens, window, dim = model.num_positions, model.window_size, model.dim
+    tokens, window, dim, num_scored = model.num_positions, model.window_size, model.dim, _num_scored(config)
     of_block = width * dim * tokens if config.engine.activation_checkpointing else _block_bytes(config, device=device)
-    total = model.layers * of_block + tokens * window * _norm_bytes(config)
+    total = model.layers * of_block + num_scored * _norm_bytes(config)
     if window > 1:
         hidden = module_hidden_dim(model)
-        encoder = window * (_norm_bytes(config) + width * dim) + width * dim + _norm_bytes(config) + 4 * width * hidden
+        encoder = _mixing_bytes(config) + width * dim + _norm_bytes(config) + 4 * width * hidden
         decoder = _norm_bytes(config) + width * dim
-        decoder += window * (2 * width * dim + _norm_bytes(config) + 4 * width * hidden)
         total += tokens * (encoder + decoder)
+        total += num_scored * (2 * width * dim + _norm_bytes(config) + 4 * width * hidden)
     return total
 
 
-def logit_bytes(config: TrainConfig) -> int:
-    """Return the bytes per sample of the logits at the loss: themselves and, in float32, what cross-entropy makes.
+def loss_bytes(config: TrainConfig, *, samples: int, device: Device) -> int:
+    """Return the bytes that the loss of a micro batch takes at its end: one chunk, the gradients of states and head.
 
-    In float32 (in bfloat16 after a copy): the log-softmax that is kept, its gradient, the logits' gradient.
+    The head's gradient is summed in float32, in bfloat16 beside each chunk's product.
     """
+    model, width = config.model, _width(config)
+    num_rows = samples * _num_scored(config)
+    logits = num_rows * model.codebook_size * (width + 4)
+    chunk = min(logits, CPU_CHUNK_BYTES if device == "cpu" else ACCELERATOR_CHUNK_BYTES)
+    head = model.codebook_size * model.dim * (4 if width == 4 else 6)
+    return chunk + num_rows * model.dim * width + head
+
+
+def _num_scored(config: TrainConfig) -> int:
+    """Predictions of a sample that enter the loss."""
     model = config.model
-    per_logit = 16 if _width(config) == 4 else 14
-    return model.num_positions * model.window_size * model.codebook_size * per_logit
+    stride = config.noise.scored_stride
+    return sum(scored_of_offset(model.num_positions, window_size=model.window_size, stride=stride))
+
+
+def _mixing_bytes(config: TrainConfig) -> int:
+    """Bytes per window that the input encoder's attention keeps beside its result (`training.mixing`)."""
+    model, width = config.model, _width(config)
+    samples = config.engine.micro_batch_size or config.engine.global_batch_size
+    if has_tables(codebook_size=model.codebook_size, num_windows=samples * (model.num_positions - 1)):
+        return model.window_size * width * model.dim  # values of every offset
+    if config.engine.ops == "native":
+        return 0  # made again
+    return (8 * model.window_size + width * model.heads) * model.dim  # embeddings, keys in float32; mixed
 
 
 def _block_bytes(config: TrainConfig, *, device: Device) -> int:

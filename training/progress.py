@@ -59,7 +59,9 @@ class Speed:
         accumulation = engine.grad_accumulation(ranks.world_size)
         micro_batch_size = engine.global_batch_size // (ranks.world_size * accumulation)
         self._batch_size, self._num_positions = engine.global_batch_size, config.model.num_positions
-        self._flops_per_sample = model_flops_per_sample(config.model, micro_batch_size=micro_batch_size)
+        self._flops_per_sample = model_flops_per_sample(
+            config.model, micro_batch_size=micro_batch_size, scored_stride=config.noise.scored_stride
+        )
         if engine.peak_tflops is None:
             peak = measured_peak_flops(ranks.device, dtype=getattr(torch, engine.dtype))
         else:

@@ -141,7 +141,7 @@ def _step_logits(
     else:
         x_B1D = model.embed_windows(window_BK[:, None], start=step - 1)
         x_B1D = x_B1D.repeat(2, 1, 1) if guided else x_B1D
-    logits = model.predict(model.base.backbone(x_B1D, start=step, cache=cache))[:, 0]
+    logits: Tensor = model.predict(model.base.backbone(x_B1D, start=step, cache=cache))[:, 0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if guided:
         conditional, unconditional = logits.chunk(2)

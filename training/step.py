@@ -17,9 +17,10 @@ from pipeline.loader import Batch
 from pipeline.philox import Int64Array
 from training.config import TrainConfig
 from training.engine import Engine, learning_rate_of_step, set_learning_rate, take_step
-from training.inputs import dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
+from training.inputs import Inputs, dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
+from training.scored import Scored, draw_phases, score_predictions
 from training.watchdog import Watchdog
 
 
@@ -103,14 +104,30 @@ class Stepper:
         if uses_own_drafts(config, step=step):
             inputs = with_own_drafts(inputs, self.engine.module, config=config, step=step)
         torch.manual_seed(dropout_seed(config, step=step, micro_step=index, rank=self.ranks.rank))
-        logits_BTKV = self.engine(inputs.windows_BTK, inputs.labels_B)
-        result = window_loss(logits_BTKV, inputs.codes_BT, offset_weights=config.noise.offset_weights)
+        result = window_loss(
+            self.engine,
+            inputs.windows_BTK,
+            inputs.labels_B,
+            scored=self._score(inputs, step),
+            offset_weights=config.noise.offset_weights,
+        )
         self.watchdog.enter("backward", step=step)
         self.engine.backward(result.loss)
         if index < self._num_micro_steps - 1:
             take_step(self.engine, may_update=True)  # only counts the micro step
         parts = [result.loss.detach()[None], result.loss_of_offset_K, result.accuracy_of_offset_K]
         return torch.cat(parts).double()
+
+    def _score(self, inputs: Inputs, step: int) -> Scored:
+        stride, window_size = self._config.noise.scored_stride, self._config.model.window_size
+        phases_BK = draw_phases(
+            window_size=window_size,
+            stride=stride,
+            seed=self._config.seed,
+            step=step,
+            sample_counters_B=inputs.counters_B,
+        )
+        return score_predictions(inputs.codes_BT, window_size=window_size, stride=stride, phases_BK=phases_BK)
 
     def _part(self, batch_size: int, index: int) -> slice:
         size = batch_size // self._num_micro_steps

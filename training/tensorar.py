@@ -12,12 +12,17 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from training.config import ModelConfig
-from training.gpt import GPT, INIT_STD, FeedForward, RMSNorm, init_weights
+from training.gpt import GPT, INIT_STD, CodeEmbedding, FeedForward, Readout, RMSNorm, init_weights
+from training.mixing import attend_by_tables, attend_windows, reference_attend_windows
 from training.noise import valid_offsets
+from training.scored import Scored
 
 
 class FoldedKeys(nn.Linear):
@@ -34,15 +39,31 @@ class FoldedKeys(nn.Linear):
         return out
 
 
+class FoldedValues(nn.Linear):
+    """The value projection as a weight for whoever mixes keys before they are projected; read in its own forward."""
+
+    def forward(self, scale_D: Tensor) -> Tensor:
+        """(D, D): the weight, its columns scaled."""
+        return self.weight * scale_D
+
+
+class FoldedNorm(RMSNorm):
+    """A norm whose weight scales the columns of the weights behind it instead; read in its own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` times the weight, nothing normalised."""
+        return x * self.weight
+
+
 class WindowAttention(nn.Module):
     """The four projections that either module attends with, queries being learned constants."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, values: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.heads = config.heads
         self.wq = nn.Linear(config.dim, config.dim, bias=False)
         self.wk = FoldedKeys(config.dim, config.dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.dim, bias=False)
+        self.wv = values(config.dim, config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def score_weight(self, queries_QD: Tensor) -> Tensor:
@@ -59,7 +80,8 @@ class InputEncoder(nn.Module):
     """e_i = Emb(x_i) + Enc(window_i): one learned query attends to the window's code and offset embeddings.
 
     Layout [ours]: keys and values from x = norm(Emb(code) + offset embedding); e = Emb(x_i) + wo(attention); then
-    e + FFN(norm(e)). Scores and values depend only on (code, offset), so they are tables where that is cheaper.
+    e + FFN(norm(e)). Keys are mixed before they are projected (`training.mixing`), or scores and values come from
+    tables of the codes where that is cheaper (`has_tables`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -67,19 +89,14 @@ class InputEncoder(nn.Module):
         self.query = nn.Parameter(torch.empty(1, config.dim))
         self.offset_embeddings = nn.Parameter(torch.empty(config.window_size, config.dim))
         self.query_norm = RMSNorm(config.dim)
-        self.key_norm = RMSNorm(config.dim)
+        self.key_norm = FoldedNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
-        self.attention = WindowAttention(config)
+        self.attention = WindowAttention(config, values=FoldedValues)
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
+        self.mix_and_project = reference_attend_windows
+        """`attend_windows` for the native op."""
 
-    def scores_and_values(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (..., N, 1) in float32 and values (..., N, H) of keys made of `embedded` (..., D), offsets added."""
-        keys = self.key_norm(embedded)
-        score_weight_ND = self.attention.score_weight(self.query_norm(self.query))[0]
-        scores = (keys @ score_weight_ND.transpose(0, 1)).float()[..., None]
-        return scores, self.attention.values(keys)
-
-    def forward(self, windows_BTK: Tensor, valid_TK: Tensor, embedding: nn.Embedding) -> Tensor:
+    def forward(self, windows_BTK: Tensor, valid_TK: Tensor, embedding: CodeEmbedding) -> Tensor:
         """Encoded windows (B, T, D).
 
         Args:
@@ -87,23 +104,23 @@ class InputEncoder(nn.Module):
             valid_TK: bool; offsets outside the image are not attended to.
             embedding: the base model's table of codes.
         """
-        codebook_size = embedding.num_embeddings
-        if codebook_size < windows_BTK[..., 0].numel():  # fewer (code, offset) pairs than window entries
-            every_code = torch.arange(codebook_size, device=windows_BTK.device)
-            tables = self.scores_and_values(embedding(every_code) + self.offset_embeddings[:, None])
-            pairs = windows_BTK + codebook_size * torch.arange(windows_BTK.shape[2], device=windows_BTK.device)
-            scores, values = (
-                nn.functional.embedding(pairs, table.flatten(2).flatten(0, 1)).view(*pairs.shape, *table.shape[2:])
-                for table in tables
-            )
+        codes_MK = windows_BTK.masked_fill(~valid_TK, -1).flatten(0, 1)
+        score_weight_ND = self.key_norm(self.attention.score_weight(self.query_norm(self.query))[0])
+        value_weight_DD = self.attention.wv(self.key_norm(torch.ones_like(self.query[0])))
+        value_weight_NHD = value_weight_DD.view(self.attention.heads, -1, value_weight_DD.shape[1])
+        weights = (self.offset_embeddings, score_weight_ND, value_weight_NHD)
+        if has_tables(codebook_size=embedding.num_embeddings, num_windows=len(codes_MK)):
+            attended_MD = embedding(codes_MK, attend_by_tables, *weights)
         else:
-            scores, values = self.scores_and_values(embedding(windows_BTK) + self.offset_embeddings)
-        scores = scores.masked_fill(~valid_TK[:, :, None, None], float("-inf"))
-        shares = torch.softmax(scores, dim=2).to(values.dtype)  # over K
-        attended = (shares * values).sum(2).flatten(-2)
-        h = embedding(windows_BTK[..., 0]) + self.attention.wo(attended)
+            attended_MD = embedding(codes_MK, self.mix_and_project, *weights)
+        h = embedding(windows_BTK[..., 0]) + self.attention.wo(attended_MD).view(*windows_BTK.shape[:2], -1)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
+
+
+def has_tables(*, codebook_size: int, num_windows: int) -> bool:
+    """Whether the input encoder projects every code of the table, and not every window: whichever are fewer."""
+    return codebook_size < num_windows
 
 
 class OutputDecoder(nn.Module):
@@ -122,8 +139,8 @@ class OutputDecoder(nn.Module):
         self.attention = WindowAttention(config)
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        """(B, T, K, D) states, one per offset."""
+    def forward(self, h_BTD: Tensor, scored: Scored | None = None) -> Tensor:
+        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed."""
         heads = self.attention.heads
         queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
         score_weight_KND = self.attention.score_weight(queries_KD)
@@ -132,10 +149,15 @@ class OutputDecoder(nn.Module):
         constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
         scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).float()
         scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
-        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)[..., None]
+        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)
         values_BTNH = self.attention.values(states_BTD)
-        attended = constant_KNH + gate * (values_BTNH[:, :, None] - constant_KNH)
-        z = h_BTD[:, :, None] + self.attention.wo(attended.flatten(-2))
+        if scored is None:
+            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], constant_KNH
+        else:
+            h, values = (scored.of_position(x) for x in (h_BTD, values_BTNH))
+            gate, constant = scored.of_prediction(gate), scored.of_offset(constant_KNH)
+        attended = constant + gate[..., None] * (values - constant)
+        z = h + self.attention.wo(attended.flatten(-2))
         out: Tensor = z + self.feed_forward(self.ffn_norm(z))
         return out
 
@@ -158,6 +180,11 @@ class TensorAR(nn.Module):
         """The label that stands for "no condition"."""
         return self.base.null_label
 
+    def use_native_ops(self) -> None:
+        """Compute with the native ops from now on (`training.ops`), which fit float32 and bfloat16."""
+        if self.input_encoder is not None:
+            self.input_encoder.mix_and_project = attend_windows
+
     def embed_windows(self, windows_BLK: Tensor, *, start: int = 0) -> Tensor:
         """(B, L, D) of the windows that start at codes `start` .. `start + L - 1`."""
         if self.input_encoder is None:
@@ -167,19 +194,33 @@ class TensorAR(nn.Module):
         out: Tensor = self.input_encoder(windows_BLK, valid[start : start + length], self.base.tok_embeddings)
         return out
 
-    def predict(self, h_BTD: Tensor) -> Tensor:
-        """Logits (B, T, K, V) of backbone states."""
-        states = h_BTD[:, :, None] if self.output_decoder is None else self.output_decoder(h_BTD)
-        return self.base.head(states)
+    def predict(self, h_BTD: Tensor, *, scored: Scored | None = None, readout: Readout = F.linear) -> Any:
+        """What `readout` makes of the predictions of backbone states; by default logits (B, T, K, V).
 
-    def forward(self, windows_BTK: Tensor, labels_B: Tensor) -> Tensor:
-        """Training logits (B, T, K, V) in the model's dtype: position p, offset j predicts code p + j.
+        Args:
+            h_BTD: states before the final norm.
+            scored: which predictions; none is all of them.
+            readout: is given their normalised states, (B, T, K, D) or scored (B, R, D), and the head's weight.
+        """
+        if self.output_decoder is not None:
+            states = self.output_decoder(h_BTD, scored)
+        else:
+            states = h_BTD[:, :, None] if scored is None else h_BTD  # one offset: every position is scored
+        return self.base.head(states, readout=readout)
 
-        Position 0 is predicted from the label, position p from windows 0 .. p - 1; the last window is not fed.
+    def forward(
+        self, windows_BTK: Tensor, labels_B: Tensor, *, scored: Scored | None = None, readout: Readout = F.linear
+    ) -> Any:
+        """What `readout` makes of training predictions: position p, offset j predicts code p + j.
+
+        Position 0 is predicted from the label, position p from windows 0 .. p - 1; the last window is not fed. By
+        default logits (B, T, K, V) in the model's dtype; training reads a loss out instead (`training.loss`).
 
         Args:
             windows_BTK: int64; window i starts at code i (see `training.noise.noise_windows`).
             labels_B: int64 in [0, num_classes], the last one null.
+            scored: see `predict`, as the next.
+            readout: its tensors pass through DeepSpeed's hooks alone, or in a tuple, list or dict.
 
         Raises:
             ValueError: the windows' size is not the model's.
@@ -190,7 +231,7 @@ class TensorAR(nn.Module):
                 f"got {windows_BTK.shape[2]}; make them with the model's window_size"
             )
         x_BTD = torch.cat([self.base.embed_labels(labels_B), self.embed_windows(windows_BTK[:, :-1])], dim=1)
-        return self.predict(self.base.backbone(x_BTD))
+        return self.predict(self.base.backbone(x_BTD), scored=scored, readout=readout)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

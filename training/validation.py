@@ -22,6 +22,7 @@ from training.engine import Engine
 from training.inputs import make_inputs, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
+from training.scored import score_predictions
 
 _STEP = 0
 """The step that keys the draws of validation; training begins at step 1."""
@@ -99,11 +100,12 @@ class Validation:
             label_dropout=0.0,
             device=self._ranks.device,
         )
-        noised = window_loss(engine.module(inputs.windows_BTK, inputs.labels_B), inputs.codes_BT)
+        scored = score_predictions(inputs.codes_BT, window_size=self._config.model.window_size)
+        noised = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
         own_draft_loss_0 = noised.loss_of_offset_K[:1]
         if self._config.model.window_size > 1:
             inputs = with_own_drafts(inputs, engine.module, config=self._config, step=_STEP)
-            drafted = window_loss(engine.module(inputs.windows_BTK, inputs.labels_B), inputs.codes_BT)
+            drafted = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
             own_draft_loss_0 = drafted.loss_of_offset_K[:1]
         means = torch.cat([noised.loss_of_offset_K, noised.accuracy_of_offset_K, own_draft_loss_0])
         return torch.cat([means, means.new_ones(1)]).double() * len(sample_indices)

@@ -14,6 +14,7 @@ from training.gpt import GPT, KeyValueCache, rotary_table
 from training.loss import window_loss
 from training.noise import make_windows
 from training.sampling import is_guided, sample_codes
+from training.scored import score_predictions
 from training.tensorar import TensorAR, num_added_parameters
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -60,7 +61,7 @@ def test_training_loss_and_every_gradient_are_llamagens(oracle: dict[str, Any]) 
     windows, _ = make_windows(codes, window_size=1)
     logits = model(windows, labels)
     torch.testing.assert_close(logits[:, :, 0], oracle["train_nodrop"]["logits"], rtol=0, atol=1e-4)
-    result = window_loss(logits, codes)
+    result = window_loss(model, windows, labels, scored=score_predictions(codes, window_size=1))
     torch.testing.assert_close(result.loss, oracle["train_nodrop"]["loss"], rtol=0, atol=1e-4)
     result.loss.backward()
     grads = oracle["train_nodrop"]["grads"]
@@ -81,7 +82,7 @@ def test_five_training_steps_are_llamagens(oracle: dict[str, Any]) -> None:
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     for step in range(5):
         codes, labels = steps["idx"][step], steps["labels"][step]
-        loss = window_loss(model(codes[:, :, None], labels), codes).loss
+        loss = window_loss(model, codes[:, :, None], labels, scored=score_predictions(codes, window_size=1)).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), steps["max_grad_norm"])
         optimizer.step()

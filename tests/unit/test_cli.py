@@ -106,6 +106,7 @@ def test_a_run_of_a_version_without_a_field_goes_on_with_its_default_only(tmp_pa
 def test_fields_that_do_not_change_the_result_are_free(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(path, [place]))
+    remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "engine.ops=reference"]))
     remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "num_steps=2000"]))
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert (kept["cluster"]["num_workers"], kept["log_every_n_steps"], kept["num_steps"]) == (1, 7, 2000)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import ModelConfig, NoiseConfig
+from training.gpt import Readout
 from training.noise import beta_of_offset, draft_windows, drop_labels, make_windows, noise_windows
 from training.philox import Purpose, cell_of, draw_words
 from training.tensorar import build_model
@@ -151,12 +152,14 @@ def test_a_schedule_that_touches_the_kept_code_is_refused() -> None:
 class _Certain(nn.Module):
     """Predicts code (10 * position + offset) % V with certainty."""
 
-    def forward(self, windows: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, windows: Tensor, labels: Tensor, *, readout: Readout) -> Tensor:
         assert not self.training
         assert not torch.is_grad_enabled()
         batch, positions, window_size = windows.shape
         codes = (10 * torch.arange(positions)[:, None] + torch.arange(window_size)) % V
-        return nn.functional.one_hot(codes, V).float().mul(1000.0).expand(batch, -1, -1, -1)
+        logits = nn.functional.one_hot(codes, V).float().mul(1000.0).expand(batch, -1, -1, -1)
+        drafts: Tensor = readout(logits, torch.eye(V))
+        return drafts
 
 
 def test_own_drafts_of_a_window_are_those_made_at_its_first_position() -> None:
@@ -179,8 +182,10 @@ def test_own_drafts_of_a_window_are_those_made_at_its_first_position() -> None:
 
 def test_own_drafts_follow_the_models_distribution_and_temperature() -> None:
     class Skewed(nn.Module):
-        def forward(self, windows: Tensor, labels: Tensor) -> Tensor:
-            return torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(*windows.shape, 4)
+        def forward(self, windows: Tensor, labels: Tensor, *, readout: Readout) -> Tensor:
+            logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(*windows.shape, 4)
+            drafts: Tensor = readout(logits, torch.eye(4))
+            return drafts
 
     windows = torch.zeros(500, 16, 2, dtype=torch.int64)
     for temperature, shares in ((1.0, (0.5, 0.25, 0.125, 0.125)), (0.5, (8 / 11, 2 / 11, 0.5 / 11, 0.5 / 11))):

@@ -161,6 +161,7 @@ def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
         ("model.size.x=3", "model.size holds 'B' and has no fields; set it as a whole"),
         ("model.size=[", "the value must be YAML, got '['; quote it"),
         ("noise.offset_weights=[1]", "noise.offset_weights must have model.window_size = 4 values, got 1"),
+        ("noise.scored_stride=257", "noise.scored_stride must be in [1, model.codes_per_side ** 2 = 256], got 257"),
     ],
 )
 def test_a_problem_of_an_override_names_the_override(tmp_path: Path, override: str, message: str) -> None:

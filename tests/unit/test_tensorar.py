@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import ModelConfig
-from training.gpt import attend
+from training.gpt import RMSNorm, attend
 from training.noise import make_windows
 from training.tensorar import InputEncoder, OutputDecoder, TensorAR, build_model, split_heads
 
@@ -85,11 +85,12 @@ def test_logits_at_a_position_depend_only_on_the_windows_before_it() -> None:
 
 def _naive_encoder(encoder: InputEncoder, window: list[int], num_valid: int, table: Tensor) -> Tensor:
     """One window, by plain multi-head attention of one query over the valid keys."""
-    attention, heads = encoder.attention, encoder.attention.heads
-    keys = torch.stack([encoder.key_norm(table[window[j]] + encoder.offset_embeddings[j]) for j in range(num_valid)])
+    attention, heads, norm = encoder.attention, encoder.attention.heads, RMSNorm(table.shape[1]).to(table.dtype)
+    norm.load_state_dict(encoder.key_norm.state_dict())
+    keys = torch.stack([norm(table[window[j]] + encoder.offset_embeddings[j]) for j in range(num_valid)])
     q = split_heads(attention.wq(encoder.query_norm(encoder.query)), heads).transpose(0, 1)
     k = split_heads(F.linear(keys, attention.wk.weight), heads).transpose(0, 1)
-    v = split_heads(attention.wv(keys), heads).transpose(0, 1)
+    v = split_heads(F.linear(keys, attention.wv.weight), heads).transpose(0, 1)
     attended = F.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(-1)
     e = table[window[0]] + attention.wo(attended)
     result: Tensor = e + encoder.feed_forward(encoder.ffn_norm(e))

@@ -1,0 +1,94 @@
+"""The library of native ops: what is told, before training starts, where it is missing, stale or lacks CUDA."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from synthetic_shards import train_config, write_shard_set
+
+from jobs.inputs import check_inputs
+from training import build_ops, ops
+from training.build_ops import BuildError, build_library, nvcc_for_build
+from training.loop import train
+from training.ops import NativeOpError, check_ops
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the library is looked for, as by a process that has not loaded it yet."""
+    path = tmp_path / "_ops.so"
+    monkeypatch.setattr(ops, "LIBRARY", path)
+    monkeypatch.setattr(ops, "_loaded", False)
+    return path
+
+
+NEXT = "run `tensorar build-ops`, or set engine.ops: reference"
+
+
+def test_a_run_without_the_library_is_told_what_to_do_before_it_starts(library: Path, tmp_path: Path) -> None:
+    config = train_config(tmp_path / "run", shards=write_shard_set(tmp_path / "set"))
+    told = re.escape(f"load native ops {library}: there is no such file; {NEXT}")
+    with pytest.raises(NativeOpError, match=told):
+        check_inputs(config, is_new=True)
+    with pytest.raises(NativeOpError, match=told):
+        train(config)
+    engine = config.engine.model_copy(update={"ops": "reference"})
+    check_inputs(config.model_copy(update={"engine": engine}), is_new=True)
+
+
+def test_a_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(build_ops.LIBRARY, library)
+    sources = tmp_path / "csrc"
+    shutil.copytree(build_ops.SOURCES, sources)
+    with (sources / "philox.h").open("a") as file:
+        file.write("\n")
+    monkeypatch.setattr(build_ops, "SOURCES", sources)
+    with pytest.raises(NativeOpError, match=re.escape(f"built from the sources beside it, which have changed; {NEXT}")):
+        check_ops(with_cuda=False)
+
+
+def test_a_library_that_does_not_load_is_an_error(library: Path) -> None:
+    library.write_bytes(ops.sources_mark().encode())
+    with pytest.raises(NativeOpError, match=re.escape(NEXT)):
+        check_ops(with_cuda=False)
+
+
+def test_a_library_without_cuda_kernels_is_refused_for_a_run_on_cuda(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.write_bytes(ops.sources_mark().encode())
+    monkeypatch.setattr(ops, "_loaded", True)
+    with pytest.raises(NativeOpError, match="TENSORAR_CUDA=1"):
+        check_ops(with_cuda=True)
+    library.write_bytes(ops.sources_mark(has_cuda=True).encode())
+    check_ops(with_cuda=True)
+
+
+def test_a_missing_compiler_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match=r"C\+\+20 compiler must be on PATH or named by CXX, got no-such-compiler"):
+        build_library([build_ops.SOURCES / "library.cpp"], tmp_path / "_ops.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_compiler_is_shown_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is no C++;\n")
+    with pytest.raises(BuildError, match=r"(?s)failed:.*broken\.cpp"):
+        build_library([source], tmp_path / "_ops.so")
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_cuda_is_built_where_it_can_be_and_insisted_on_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORAR_CUDA", "0")
+    assert nvcc_for_build() is None
+    monkeypatch.setenv("TENSORAR_CUDA", "yes")
+    with pytest.raises(BuildError, match="must be auto, 0 or 1, got 'yes'"):
+        nvcc_for_build()
+    monkeypatch.setenv("TENSORAR_CUDA", "1")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BuildError, match="TENSORAR_CUDA=1 needs nvcc on PATH"):
+        nvcc_for_build()

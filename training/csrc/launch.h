@@ -1,0 +1,50 @@
+// How the body of a CUDA kernel is run: by a CUDA grid, or block by block on the CPU, where tests read its results.
+//
+// A body is a struct with THREADS, a constructor (arguments, shared memory, block index), and run(barrier_after), which
+// hands over one phase after the other, each a function of the thread: all threads of a block end a phase before one
+// begins the next.
+#pragma once
+
+#include "lanes.h"
+
+namespace tensorar {
+
+// What one load or store of a thread moves at best.
+struct alignas(16) Pair {
+  int64_t first, second;
+};
+
+// Division of small numbers by one that all threads share; exact where number * divisor < 2**32.
+struct Divisor {
+  uint32_t divisor;
+  uint64_t magic;
+
+  HOST_DEVICE explicit Divisor(uint32_t divisor) : divisor(divisor), magic((uint64_t{1} << 32) / divisor + 1) {}
+  HOST_DEVICE uint32_t quotient(uint32_t number) const { return static_cast<uint32_t>(number * magic >> 32); }
+  HOST_DEVICE uint32_t remainder(uint32_t number) const { return number - quotient(number) * divisor; }
+};
+
+#if defined(__CUDACC__)
+
+template <class Body, class Arguments>
+__global__ void __launch_bounds__(Body::THREADS) run_on_grid(const __grid_constant__ Arguments arguments) {
+  extern __shared__ Pair shared_memory[];
+  Body(arguments, shared_memory, blockIdx.x).run([](auto phase) {
+    phase(threadIdx.x);
+    __syncthreads();
+  });
+}
+
+#else
+
+// `threads` is the order in which the threads of the block take their turns.
+template <class Body, class Arguments>
+void run_on_cpu(const Arguments& arguments, Pair* shared_memory, int64_t block, const int* threads) {
+  Body(arguments, shared_memory, block).run([&](auto phase) {
+    for (int turn = 0; turn < Body::THREADS; ++turn) phase(threads[turn]);
+  });
+}
+
+#endif
+
+}  // namespace tensorar

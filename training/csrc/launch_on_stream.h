@@ -1,0 +1,36 @@
+// Launches the body of a kernel on the current CUDA stream of a tensor's device.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "launch.h"
+
+// Declared by torch only with the headers of its CUDA build; weak, so that the library also loads beside a CPU build.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace tensorar {
+
+inline bool is_aligned(const torch::stable::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % sizeof(Pair) == 0;
+}
+
+template <class Body, class Arguments>
+void launch_on_stream(const Arguments& arguments, const torch::stable::Tensor& on) {
+  const int64_t num_blocks = Body::num_blocks(arguments);
+  if (num_blocks == 0) return;
+  check(num_blocks < int64_t{1} << 31, "launch: a grid must have fewer than 2**31 blocks, got ", num_blocks);
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  run_on_grid<Body><<<num_blocks, Body::THREADS, Body::shared_pairs(arguments) * sizeof(Pair),
+                      static_cast<cudaStream_t>(stream)>>>(arguments);
+  const cudaError_t error = cudaGetLastError();
+  check(error == cudaSuccess, "launch: ", cudaGetErrorString(error));
+}
+
+}  // namespace tensorar

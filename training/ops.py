@@ -1,0 +1,140 @@
+"""The native ops, `torch.ops.tensorar`: compiled by `tensorar build-ops` from csrc, loaded at their first use.
+
+Each op is a schema and its kernels in csrc, a fake here, and a plain-torch reference that it is tested against; which
+of the two a run computes with is `engine.ops` in its spec. A library that is missing, or was built from other sources,
+is an error and never a fall-back.
+
+B batch, T positions, K window_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from training.build_ops import LIBRARY, sources_mark
+
+
+class NativeOpError(RuntimeError):
+    """The library of native ops cannot be used; the message says what to do."""
+
+
+_loaded = False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def load_ops() -> bool:
+    """Load the library, the first time that it is called; returns True.
+
+    Raises:
+        NativeOpError: there is none, it was built from other sources, or it does not fit this torch.
+    """
+    global _loaded
+    if not _loaded:
+        _check_library()
+        try:
+            torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise NativeOpError(f"load native ops {LIBRARY}: {error}; {_NEXT}") from error
+        _register_fakes()
+        _loaded = True
+    return True
+
+
+def check_ops(*, with_cuda: bool) -> None:
+    """Load the library, and check that it has what a run needs.
+
+    Args:
+        with_cuda: whether tensors are on CUDA devices.
+
+    Raises:
+        NativeOpError: see `load_ops`; or it was built without CUDA.
+    """
+    load_ops()
+    if with_cuda and sources_mark(has_cuda=True).encode() not in LIBRARY.read_bytes():
+        raise NativeOpError(
+            f"load native ops {LIBRARY}: they must be built with CUDA for a run on CUDA devices; run `TENSORAR_CUDA=1 "
+            f"tensorar build-ops`, or set engine.ops: reference"
+        )
+
+
+def noise_windows(
+    codes_BT: Tensor,
+    *,
+    betas: Sequence[float],
+    codebook_size: int,
+    coupling: Literal["independent", "shared"],
+    seed: int,
+    step: int,
+    sample_counters_B: Tensor,
+) -> Tensor:
+    """Windows as `training.noise.noise_windows` returns them, bit for bit, in one pass over memory.
+
+    Any element can be computed alone. Element (b, i, j) is codes[b, i + j], or 0 where i + j >= T; unless offset j has
+    threshold floor(betas[j] * 2**32) above word 0 of its draw: then it is (word 1 * codebook_size) >> 32. A draw is
+    Philox4x32-10 of
+
+    * counter words: sample_counters[b] bits 0..31, bits 32..63, step, cell;
+    * key words: seed bits 0..31; purpose + (seed >> 32) * 2**8;
+
+    with cell = i * 2**16 + j and purpose 1 where the coupling is `independent`, and cell = (i + j) * 2**16 and purpose
+    2 where it is `shared`.
+
+    Args:
+        codes_BT: int64 in [0, codebook_size), T <= 2**15.
+        betas: K <= 256 probabilities, the first 0 (see `training.noise.beta_of_offset`).
+        codebook_size: V < 2**31.
+        coupling: what shares a draw; see the reference.
+        seed: in [0, 2**56).
+        step: training step, in [0, 2**32).
+        sample_counters_B: int64, what tells the samples of a step apart.
+
+    Returns:
+        windows_BTK int64, on the device of the codes.
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        ValueError: beta of offset 0 is not 0.
+        RuntimeError: an argument is out of range.
+    """
+    if betas[0] != 0.0:
+        raise ValueError(f"noise windows: beta of offset 0 must be 0, got {betas[0]!r}; use beta_of_offset")
+    load_ops()
+    thresholds = [int(beta * 2**32) for beta in betas]
+    counters = sample_counters_B.to(codes_BT.device).contiguous()
+    windows_BTK: Tensor = torch.ops.tensorar.noise_windows(
+        codes_BT.contiguous(), counters, thresholds, codebook_size, coupling, seed, step
+    )
+    return windows_BTK
+
+
+_NEXT = "run `tensorar build-ops`, or set engine.ops: reference"
+
+
+def _check_library() -> None:
+    if not LIBRARY.exists():
+        raise NativeOpError(f"load native ops {LIBRARY}: there is no such file; {_NEXT}")
+    if sources_mark().encode() not in LIBRARY.read_bytes():
+        raise NativeOpError(
+            f"load native ops {LIBRARY}: it must be built from the sources beside it, which have changed; {_NEXT}"
+        )
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("tensorar::noise_windows")  # type: ignore[untyped-decorator]
+    def _(codes_BT: Tensor, sample_counters_B: Tensor, thresholds: Sequence[int], *rest: object) -> Tensor:
+        return codes_BT.new_empty((*codes_BT.shape, len(thresholds)))
+
+    @torch.library.register_fake("tensorar::mix_windows")  # type: ignore[untyped-decorator]
+    def _(codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+        num_windows, window_size = codes_MK.shape
+        heads, dim = score_weight_ND.shape
+        shares_MNK = offsets_KD.new_empty(num_windows, heads, window_size)
+        return table_VD.new_empty(num_windows, heads, dim), shares_MNK
+
+    @torch.library.register_fake("tensorar::mix_windows_backward")  # type: ignore[untyped-decorator]
+    def _(*arguments: Tensor) -> None:
+        return None
