@@ -123,7 +123,12 @@ def check_native_ops() -> Check:
     try:
         load_ops()
     except NativeOpError as error:
-        return Check("native ops", "fail", str(error), "run `tensorar build-ops`, or set engine.ops: reference")
+        return Check(
+            "native ops",
+            "fail",
+            str(error).rpartition("; ")[0],
+            "run `tensorar build-ops`, or set engine.ops: reference",
+        )
     has_cuda = sources_mark(has_cuda=True).encode() in LIBRARY.read_bytes()
     return Check("native ops", "ok", f"{LIBRARY.name}, for the CPU {'and CUDA' if has_cuda else 'alone'}")
 

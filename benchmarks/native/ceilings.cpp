@@ -4,7 +4,8 @@
 
 namespace tensorar {
 
-FOR_EACH_INSTRUCTION_SET(uint64_t philox_run(const PhiloxKeys& keys, int64_t begin, int64_t end); void write_run(int64_t* to, int64_t count);)
+FOR_EACH_INSTRUCTION_SET(uint64_t philox_run(const PhiloxKeys& keys, int64_t begin, int64_t end);
+                         void write_run(int64_t* to, int64_t count);)
 
 // The draws of elements begin .. end - 1 of one sample, as many a lane as fit.
 uint64_t INSTRUCTION_SET::philox_run(const PhiloxKeys& keys, int64_t begin, int64_t end) {

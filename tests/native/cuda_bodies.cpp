@@ -41,8 +41,8 @@ Tensor noise_windows(const Tensor& codes, const Tensor& counters, std::vector<in
 
 STABLE_TORCH_LIBRARY(tensorar_cuda_bodies, library) {
   library.def(
-      "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, int seed, "
-      "int step, int[] blocks, int[] threads) -> Tensor");
+      "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, "
+      "int seed, int step, int[] blocks, int[] threads) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorar_cuda_bodies, CPU, library) {

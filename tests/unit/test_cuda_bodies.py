@@ -11,6 +11,7 @@ import torch
 
 from training.build_ops import build_library
 from training.noise import noise_windows
+from training.philox import Purpose, draw_words
 
 BODIES = Path(__file__).parents[1] / "native" / "cuda_bodies.cpp"
 ELEMENTS_PER_BLOCK, THREADS = 2048, 256
@@ -64,3 +65,21 @@ def test_the_noise_body_is_the_reference_in_any_order(
         sample_counters_B=counters,
     )
     assert torch.equal(got, want)
+
+
+def test_the_noise_body_replaces_from_the_very_threshold_of_a_word_on() -> None:
+    cell = torch.tensor(1)
+    chance, choice, *_ = draw_words(Purpose.NOISE_INDEPENDENT, seed=3, samples=torch.tensor(5), step=7, cells=cell)
+    for threshold, expected in ((int(chance), 99), (int(chance) + 1, int(choice) * 50 >> 32)):
+        windows = torch.ops.tensorar_cuda_bodies.noise_windows(
+            torch.full((1, 2), 99),
+            torch.tensor([5]),
+            [0, threshold],
+            50,
+            "independent",
+            3,
+            7,
+            [0],
+            list(range(THREADS)),
+        )
+        assert int(windows[0, 0, 1]) == expected

@@ -66,6 +66,21 @@ def test_any_element_follows_from_its_counter_alone(coupling: Any) -> None:
                 assert int(windows[b, i, j]) == (words[1] * 16384 >> 32 if words[0] < int(beta * 2**32) else clean)
 
 
+def test_a_code_is_replaced_from_the_very_threshold_of_its_word_on() -> None:
+    words = philox((5, 0, 7, 1), (3, 1))  # sample 5, step 7, window 0 and offset 1, seed 3, independent
+    for threshold, expected in ((words[0], 99), (words[0] + 1, words[1] * 50 >> 32)):
+        windows = ops.noise_windows(
+            torch.full((1, 2), 99),
+            betas=(0.0, threshold / 2**32),
+            codebook_size=50,
+            coupling="independent",
+            seed=3,
+            step=7,
+            sample_counters_B=torch.tensor([5]),
+        )
+        assert int(windows[0, 0, 1]) == expected
+
+
 @pytest.mark.parametrize("coupling", ["independent", "shared"])
 @pytest.mark.parametrize(
     ("batch", "positions", "window_size"),

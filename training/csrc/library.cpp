@@ -10,8 +10,8 @@ extern "C" __attribute__((used, visibility("default"))) const char tensorar_ops_
 
 STABLE_TORCH_LIBRARY(tensorar, library) {
   library.def(
-      "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, int seed, "
-      "int step) -> Tensor");
+      "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, "
+      "int seed, int step) -> Tensor");
   library.def("mix_windows(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight) -> (Tensor, Tensor)");
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "

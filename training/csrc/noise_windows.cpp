@@ -65,7 +65,7 @@ void INSTRUCTION_SET::noise_run(NoiseWindows op, int64_t sample, int begin, int 
 namespace tensorar {
 namespace {
 
-constexpr int64_t RUN = 512, MIN_WINDOWS_PER_THREAD = 2048;
+constexpr int64_t RUN = 512, MIN_ELEMENTS_PER_THREAD = 8192;
 
 Tensor noise_windows_cpu(const Tensor& codes, const Tensor& counters, std::vector<int64_t> thresholds,
                          int64_t codebook_size, std::string coupling, int64_t seed, int64_t step) {
@@ -73,7 +73,8 @@ Tensor noise_windows_cpu(const Tensor& codes, const Tensor& counters, std::vecto
   const NoiseWindows op = checked(codes, counters, windows, thresholds, codebook_size, coupling, seed, step);
   const int64_t positions = op.num_positions;
   const auto run = BEST_OF(noise_run);
-  torch::stable::parallel_for(0, codes.numel(), MIN_WINDOWS_PER_THREAD, [&](int64_t begin, int64_t end) {
+  const int64_t grain = MIN_ELEMENTS_PER_THREAD / op.window_size;
+  torch::stable::parallel_for(0, codes.numel(), grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> scratch(3 * (RUN + op.window_size + 8));
     while (begin < end) {
       const int64_t sample = begin / positions, first = begin % positions;
