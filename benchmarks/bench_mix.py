@@ -1,9 +1,9 @@
 """The input encoder's attention, forward and backward: native op, reference, and plain torch as written first.
 
 `python benchmarks/bench_mix.py`: d 768, 12 heads, k = 4, 16,384 codes, float32 and bfloat16, 2,048 and 8,192 windows,
-one and two threads, in turn in one process. JSON lines: medians in ms; `mix_windows` alone against its least bytes
-at the copy bandwidth measured beside it; peak bytes of all tensors beyond the inputs, over the bytes of the outputs
-(for forward and backward: values and all gradients).
+one and two threads, in turn in one process. JSON lines: medians in ms; `mix_windows` alone, in the parts that it is
+called with, against its least bytes at the copy bandwidth measured beside it; peak bytes of all tensors beyond the
+inputs, over the bytes of the outputs (for forward and backward: values and all gradients).
 
 Least bytes of `mix_windows`: K rows of the table read in forward and in backward, N D numbers a window written and
 their gradient read, the table's gradient written once in float32.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from training.gpt import RMSNorm
-from training.mixing import attend_windows, reference_attend_windows
+from training.mixing import WINDOWS_AT_A_TIME, attend_windows, reference_attend_windows
 from training.ops import load_ops
 
 DIM, HEADS, SIZE, CODEBOOK_SIZE = 768, 12, 4, 16384
@@ -96,14 +96,18 @@ def measure(*, num_windows: int, dtype: torch.dtype, num_threads: int, num_repea
         return torch.autograd.grad(plain(codes), list(plain.parameters()), grad)
 
     small = [leaves[0].detach(), *(leaf.detach().float() for leaf in leaves[1:3])]
-    mixed, shares = torch.ops.tensorar.mix_windows(codes, *small)
+    parts = codes.split(WINDOWS_AT_A_TIME)
+    mixed, shares = torch.ops.tensorar.mix_windows(parts[0], *small)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in small]
 
     def mix_forward() -> object:
-        return torch.ops.tensorar.mix_windows(codes, *small)
+        for part in parts:
+            result = torch.ops.tensorar.mix_windows(part, *small)
+        return result
 
-    def mix_backward() -> object:
-        return torch.ops.tensorar.mix_windows_backward(mixed, shares, codes, *small, *sums)
+    def mix_backward() -> None:
+        for part in parts:
+            torch.ops.tensorar.mix_windows_backward(mixed, shares, part, *small, *sums)
 
     source = torch.randn(2**25)
     target = torch.empty_like(source)

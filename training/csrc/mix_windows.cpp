@@ -62,9 +62,10 @@ std::vector<float> padded_rows(const Tensor& rows, int64_t padded) {
 
 // Adds the first columns of padded rows to `to`.
 void add_unpadded(const float* from, int64_t padded, const Tensor& to) {
+  const int64_t rows = to.size(0), columns = to.size(1);
   float* sums = static_cast<float*>(to.data_ptr());
-  for (int64_t i = 0; i < to.size(0); ++i)
-    for (int64_t d = 0; d < to.size(1); ++d) sums[i * to.size(1) + d] += from[i * padded + d];
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < columns; ++d) sums[i * columns + d] += from[i * padded + d];
 }
 
 void check_codes(const MixWindows& op) {

@@ -13,7 +13,7 @@
 namespace tensorar {
 
 constexpr float NORM_EPS = 1e-5f;
-constexpr int64_t BLOCK_WINDOWS = 16;  // that one thread takes at a time
+constexpr int64_t BLOCK_WINDOWS = 32;  // that one thread takes at a time
 constexpr int64_t GROUP_WINDOWS = 4;   // whose keys are in cache together in backward
 
 struct MixWindows {
