@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import ModelConfig
+from training.cross_entropy import wide_dtype
 from training.gpt import GPT, INIT_STD, CodeEmbedding, FeedForward, Readout, RMSNorm, init_weights
 from training.mixing import attend_by_tables, attend_windows, reference_attend_windows
 from training.noise import valid_offsets
@@ -144,10 +145,11 @@ class OutputDecoder(nn.Module):
         heads = self.attention.heads
         queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
         score_weight_KND = self.attention.score_weight(queries_KD)
-        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).float()
+        wide = wide_dtype(h_BTD.dtype)
+        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).to(wide)
         shares_KNK = own_KNK.softmax(-1).to(h_BTD.dtype)
         constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
-        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).float()
+        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).to(wide)
         scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
         gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)
         values_BTNH = self.attention.values(states_BTD)
