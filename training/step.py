@@ -109,7 +109,7 @@ class Stepper:
             inputs.windows_BTK,
             inputs.labels_B,
             scored=self._score(inputs, step),
-            offset_weights=config.noise.offset_weights,
+            offset_weights=config.noise.weights_of_offsets(config.model.window_size),
         )
         self.watchdog.enter("backward", step=step)
         self.engine.backward(result.loss)
@@ -119,15 +119,21 @@ class Stepper:
         return torch.cat(parts).double()
 
     def _score(self, inputs: Inputs, step: int) -> Scored:
-        stride, window_size = self._config.noise.scored_stride, self._config.model.window_size
+        noise, window_size = self._config.noise, self._config.model.window_size
         phases_BK = draw_phases(
             window_size=window_size,
-            stride=stride,
+            stride=noise.scored_stride,
             seed=self._config.seed,
             step=step,
             sample_counters_B=inputs.counters_B,
         )
-        return score_predictions(inputs.codes_BT, window_size=window_size, stride=stride, phases_BK=phases_BK)
+        return score_predictions(
+            inputs.codes_BT,
+            window_size=window_size,
+            stride=noise.scored_stride,
+            phases_BK=phases_BK,
+            draft_gradient_scale=noise.draft_gradient_scale,
+        )
 
     def _part(self, batch_size: int, index: int) -> slice:
         size = batch_size // self._num_micro_steps
