@@ -272,6 +272,11 @@ def num_added_parameters(config: ModelConfig) -> int:
     return config.dim * (8 * config.dim + 6 * module_hidden_dim(config) + 7 + 2 * config.window_size)
 
 
+def is_of_base(name: str) -> bool:
+    """Whether a parameter of a `TensorAR` belongs to the base model, by its name."""
+    return name.startswith("base.")
+
+
 def build_model(config: ModelConfig) -> TensorAR:
     """A freshly initialised model on the CPU, drawn from torch's default generator."""
     return TensorAR(config)
