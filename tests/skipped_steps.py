@@ -41,6 +41,7 @@ def config_of(
         run_dir="unused",
         data={"shards": "unused"},
         num_steps=5,
+        warm_start="unused",
         model={
             "num_layers": 2,
             "num_heads": 2,
@@ -71,10 +72,13 @@ def config_of(
 class Trainer:
     """An engine of its own and the batches of its steps, which are functions of the step."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, *, is_trained: bool = False) -> None:
         torch.manual_seed(0)
         self.ranks = ranks
-        self.engine: Engine = build_engine(build_model(config.model), config=config, ranks=ranks)
+        model = build_model(config.model)
+        for parameter in model.parameters() if is_trained else ():
+            torch.nn.init.normal_(parameter, mean=0.1, std=0.3)  # no zero projection keeps gradients back
+        self.engine: Engine = build_engine(model, config=config, ranks=ranks)
         self.num_micro_steps = config.engine.grad_accumulation(ranks.world_size)
 
     def step(self, step: int, *, factors: tuple[float, ...] = (1.0, 1.0), may_update: bool = True) -> float:
@@ -163,7 +167,7 @@ def check_recomputed(zero_stage: int, dtype: str, ranks: Ranks) -> None:
 
 
 def check_frozen_base(case: tuple[Any, ...], ranks: Ranks) -> None:
-    trainer = Trainer(config_of(*case, module_warmup_steps=2), ranks)
+    trainer = Trainer(config_of(*case, module_warmup_steps=2), ranks, is_trained=True)
     start = full_weights(trainer.engine, is_kept=True)
     freeze_base(trainer.engine, is_frozen=True)
     for step in (1, 2):

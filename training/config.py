@@ -143,7 +143,8 @@ class OptimizerConfig(Config):
     """Steps of linear warm-up from 0."""
     module_warmup_steps: NonNegativeInt = 0
     """Updates from the first on (skipped steps aside) that move the TensorAR modules alone; the base model, its moments
-    and its average stay as they are. Gradients are clipped by the norm of all of them, the base's too [ours]."""
+    and its average stay as they are. Needs `warm_start`. Gradients are clipped by the norm of all, the base's too
+    [ours]."""
     final_learning_rate_fraction: Fraction = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
@@ -293,13 +294,23 @@ class TrainConfig(Config):
                 f"noise.scored_stride must be in [1, model.codes_per_side ** 2 = {self.model.num_positions}], "
                 f"got {self.noise.scored_stride}"
             )
-        if self.optimizer.module_warmup_steps and self.model.window_size == 1:
-            raise ValueError(
-                f"optimizer.module_warmup_steps must be 0 at model.window_size 1, where there are no modules, "
-                f"got {self.optimizer.module_warmup_steps}; remove it"
-            )
         if self.cluster.launcher == "ray":
             self.engine.grad_accumulation(self.cluster.num_workers)
+        return self
+
+    @model_validator(mode="after")
+    def _check_module_warmup(self) -> TrainConfig:
+        num_steps = self.optimizer.module_warmup_steps
+        if num_steps and self.model.window_size == 1:
+            raise ValueError(
+                f"optimizer.module_warmup_steps must be 0 at model.window_size 1, where there are no modules, "
+                f"got {num_steps}; remove it"
+            )
+        if num_steps and self.warm_start is None:
+            raise ValueError(
+                f"optimizer.module_warmup_steps must be 0 without warm_start, since nothing can be learned around "
+                f"the zero head of a fresh base model, got {num_steps}; set warm_start or remove it"
+            )
         return self
 
 

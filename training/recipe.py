@@ -35,8 +35,9 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
 def with_recipe(spec: Mapping[str, Any], *, default: Recipe) -> dict[str, Any]:
     """Return the plain data of a train spec with its recipe's values where it gives none.
 
-    At window_size 1 there are no drafts, and nothing is filled in. Sections that are not mappings, and a recipe that
-    there is not, are left for validation to name.
+    At window_size 1 there are no drafts, and nothing is filled in; without warm_start there is no base model around which
+    modules could be warmed up, and those steps are not. Sections that are not mappings, and a recipe that there is not,
+    are left for validation to name.
 
     Args:
         spec: plain data, not validated; not changed.
@@ -49,12 +50,17 @@ def with_recipe(spec: Mapping[str, Any], *, default: Recipe) -> dict[str, Any]:
     for section, values in RECIPES[recipe].items():
         given = spec.get(section, {})
         if isinstance(given, Mapping):
-            filled[section] = {name: value for name, value in values.items() if not _says(given, name)} | dict(given)
+            names = [name for name in values if not (_says(given, name) or _does_not_fit(name, spec))]
+            filled[section] = {name: values[name] for name in names} | dict(given)
     return filled
 
 
 def _window_size(model: Any) -> Any:
     return model.get("window_size", 1) if isinstance(model, Mapping) else getattr(model, "window_size", 1)
+
+
+def _does_not_fit(name: str, spec: Mapping[str, Any]) -> bool:
+    return name == "module_warmup_steps" and spec.get("warm_start") is None
 
 
 def _says(section: Mapping[str, Any], name: str) -> bool:
