@@ -35,9 +35,9 @@ RECIPES: dict[Recipe, dict[str, dict[str, Any]]] = {
 def with_recipe(spec: Mapping[str, Any], *, default: Recipe) -> dict[str, Any]:
     """Return the plain data of a train spec with its recipe's values where it gives none.
 
-    At window_size 1 there are no drafts, and nothing is filled in; without warm_start there is no base model around which
-    modules could be warmed up, and those steps are not. Sections that are not mappings, and a recipe that there is not,
-    are left for validation to name.
+    At window_size 1 there are no drafts, and nothing is filled in; without warm_start there is no base model to warm
+    modules up around, and those steps are not. Sections that are not mappings, and a recipe that there is not, are left
+    for validation to name.
 
     Args:
         spec: plain data, not validated; not changed.
