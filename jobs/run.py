@@ -56,6 +56,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "log_every_n_steps",
         "max_skipped_steps",
         "num_steps",
+        "recipe",
         "s3",
         "validation",
         "wandb_project",
@@ -64,7 +65,8 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
 
-A directory may move. A corpus or weights that have moved are told from others by their fingerprints.
+A recipe is a word for fields that are compared themselves. A directory may move. A corpus or weights that have moved
+are told from others by their fingerprints.
 """
 
 BEGUN_WITH = {
@@ -163,9 +165,13 @@ def _read(storage: Storage) -> dict[str, Any]:
 
 
 def _with_new_fields(old: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    """A stored spec as this version reads it: fields that were added since it was written have their defaults."""
+    """A stored spec as this version reads it: fields that were added since it was written have their defaults.
+
+    So has a train spec whose recipe would fill them in otherwise now: the run was begun without them.
+    """
+    recipe = {"recipe": "paper"} if isinstance(spec, TrainConfig) else {}
     with contextlib.suppress(ValidationError):
-        return type(spec).model_validate(old).model_dump(mode="json")
+        return type(spec).model_validate(old | recipe).model_dump(mode="json")
     return old
 
 

@@ -17,9 +17,10 @@ from synthetic_shards import fingerprint_of
 
 from training.checkpoint import RunState
 from training.config import TrainConfig
-from training.engine import build_engine
+from training.engine import build_engine, freeze_base
 from training.fragments import Engine
 from training.loss import window_loss
+from training.noise import make_windows
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
 from training.saver import CheckpointWriter
@@ -34,8 +35,10 @@ def take_step(engine: Engine, step: int, *, config: TrainConfig, ranks: Ranks) -
     labels_B = torch.randint(0, model.num_classes, (size,), generator=generator)
     own = slice(ranks.rank * size // ranks.world_size, (ranks.rank + 1) * size // ranks.world_size)
     torch.manual_seed(1000 * step + ranks.rank)  # of dropout
-    scored = score_predictions(codes_BT[own], window_size=1)
-    result = window_loss(engine, codes_BT[own, :, None], labels_B[own], scored=scored)
+    scored = score_predictions(codes_BT[own], window_size=model.window_size)
+    windows_BTK, _ = make_windows(codes_BT[own], window_size=model.window_size)
+    freeze_base(engine, is_frozen=step <= config.optimizer.module_warmup_steps)
+    result = window_loss(engine, windows_BTK.contiguous(), labels_B[own], scored=scored)
     engine.backward(result.loss)
     engine.step()
     return float(ranks.sum(result.loss.detach().clone().double())) / ranks.world_size
@@ -45,7 +48,10 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[int, float]:
     config, fingerprint = TrainConfig.model_validate(case["spec"]), fingerprint_of()
     torch.manual_seed(config.seed)
     record = find_checkpoint(config, ranks=ranks, fingerprint=fingerprint)
-    engine = build_engine(build_model(config.model), config=config, ranks=ranks)
+    model = build_model(config.model)
+    if config.optimizer.module_warmup_steps:  # a frozen head must not be zero
+        torch.nn.init.normal_(model.base.output.weight, std=0.3)
+    engine = build_engine(model, config=config, ranks=ranks)
     first = 1
     if record is not None:
         resume_engine(engine, config=config, record=record)

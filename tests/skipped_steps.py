@@ -1,6 +1,7 @@
 """One rank of what an engine promises at every ZeRO stage, in both dtypes: `torchrun ... tests/skipped_steps.py`.
 
-A step that is not taken leaves no trace; recomputed activations change nothing; the average follows the weights.
+A step that is not taken leaves no trace; recomputed activations change nothing; the average follows the weights; a
+frozen base model stays bit for bit while the modules move.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from training.config import TrainConfig
-from training.engine import Engine, build_engine, full_average, full_weights, take_step
+from training.engine import Engine, build_engine, freeze_base, full_average, full_weights, take_step
 from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.scored import score_predictions
@@ -27,12 +28,20 @@ CASES = [
 ]
 
 
-def config_of(zero_stage: int, dtype: str, micro_batch_size: int | None, offload: bool, **changes: Any) -> TrainConfig:
+def config_of(
+    zero_stage: int,
+    dtype: str,
+    micro_batch_size: int | None,
+    offload: bool,
+    module_warmup_steps: int = 0,
+    **changes: Any,
+) -> TrainConfig:
     return TrainConfig(
         kind="train",
         run_dir="unused",
         data={"shards": "unused"},
         num_steps=5,
+        warm_start="unused",
         model={
             "num_layers": 2,
             "num_heads": 2,
@@ -43,7 +52,12 @@ def config_of(zero_stage: int, dtype: str, micro_batch_size: int | None, offload
             "window_size": 2,
             "dropout": 0.2,
         },
-        optimizer={"learning_rate": 1e-2, "ema_decay": 0.9, "max_grad_norm": 0.05},
+        optimizer={
+            "learning_rate": 1e-2,
+            "ema_decay": 0.9,
+            "max_grad_norm": 0.05,
+            "module_warmup_steps": module_warmup_steps,
+        },
         engine={
             "zero_stage": zero_stage,
             "dtype": dtype,
@@ -58,10 +72,13 @@ def config_of(zero_stage: int, dtype: str, micro_batch_size: int | None, offload
 class Trainer:
     """An engine of its own and the batches of its steps, which are functions of the step."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, *, is_trained: bool = False) -> None:
         torch.manual_seed(0)
         self.ranks = ranks
-        self.engine: Engine = build_engine(build_model(config.model), config=config, ranks=ranks)
+        model = build_model(config.model)
+        for parameter in model.parameters() if is_trained else ():
+            torch.nn.init.normal_(parameter, mean=0.1, std=0.3)  # no zero projection keeps gradients back
+        self.engine: Engine = build_engine(model, config=config, ranks=ranks)
         self.num_micro_steps = config.engine.grad_accumulation(ranks.world_size)
 
     def step(self, step: int, *, factors: tuple[float, ...] = (1.0, 1.0), may_update: bool = True) -> float:
@@ -149,6 +166,27 @@ def check_recomputed(zero_stage: int, dtype: str, ranks: Ranks) -> None:
     assert list(changes(plain.state(), recomputing.state())) == []
 
 
+def check_frozen_base(case: tuple[Any, ...], ranks: Ranks) -> None:
+    trainer = Trainer(config_of(*case, module_warmup_steps=2), ranks, is_trained=True)
+    start = full_weights(trainer.engine, is_kept=True)
+    freeze_base(trainer.engine, is_frozen=True)
+    for step in (1, 2):
+        assert math.isfinite(trainer.step(step))
+    warm, average = (read(trainer.engine, is_kept=True) for read in (full_weights, full_average))
+    base = {name for name in start if name.startswith("base.")}
+    assert 10 < len(base) < len(start) - 10
+    for name, weight in start.items():
+        assert torch.equal(warm[name], weight) == (name in base), name
+        assert name not in base or torch.equal(average[name], weight), name
+    freeze_base(trainer.engine, is_frozen=False)
+    trainer.step(3)
+    after, average = (read(trainer.engine, is_kept=True) for read in (full_weights, full_average))
+    name = "base.layers.0.attention.wqkv.weight"
+    moved = (after[name] - warm[name] * (1 - 1e-2 * 0.05)).abs().max().item()
+    assert math.isclose(moved, 1e-2, rel_tol=2e-2), moved  # the first step of a fresh Adam is its learning rate
+    torch.testing.assert_close(average[name], 0.9 * start[name] + 0.1 * after[name])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     joined = join_ranks()
@@ -156,6 +194,7 @@ if __name__ == "__main__":
         try:
             check(case, joined)
             check_average(case, joined)
+            check_frozen_base(case, joined)
             if not case[3]:
                 check_recomputed(*case[:2], joined)
         except Exception as error:

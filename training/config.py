@@ -6,12 +6,13 @@ Light: imports no torch, ray or deepspeed. `[ours]` marks a choice that the pape
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import ClusterConfig, LoaderConfig, S3Config, Seed
 from tokenization.config import Config, Fraction, TokenizerConfig
+from training.recipe import Recipe, with_recipe
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "B": (12, 12, 768),
@@ -23,6 +24,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """LlamaGen's named sizes: (layers, heads, model_dim)."""
 
 DType = Literal["float32", "bfloat16"]
+
+DEFAULT_RECIPE: Recipe = "paper"
+"""The recipe of a train spec that names none."""
 
 
 class ModelConfig(Config):
@@ -104,11 +108,26 @@ class NoiseConfig(Config):
     """Draws per (position, offset), or one per position shared by the windows that hold it [ours]."""
     own_draft_fraction: Fraction = 0.0
     """Share of global batches whose drafts are sampled from the model itself instead of noised [ours]."""
+    draft_temperature: PositiveFloat = 1.0
+    """Temperature of own drafts in training. Validation's are drawn at 1, as sampling draws them by default [ours]."""
+    beta_jitter: Fraction = 0.0
+    """In training, beta of every offset >= 1 is moved by one uniform draw a step from [-jitter, jitter], the same for
+    all, and clipped to [0, 1]; 0 is the schedule itself. Validation has none [ours]."""
+    draft_weight: NonNegativeFloat = 1.0
+    """Loss weight of each offset >= 1, that of offset 0 being 1; 1 weighs all alike. Normalised to sum 1 [ours]."""
     offset_weights: tuple[NonNegativeFloat, ...] | None = None
-    """Loss weight of each offset; none is 1/k each. Normalised to sum 1 [ours]."""
+    """Loss weight of each of the k offsets instead of `draft_weight`. Normalised to sum 1 [ours]."""
+    draft_gradient_scale: Fraction = 1.0
+    """What the gradients of offsets >= 1 are multiplied by where they enter the base model (backbone, both embeddings,
+    final norm, head) and, through its states, the input encoder; the output decoder has all of them. At 0 the base
+    learns from offset 0 alone [ours]."""
     scored_stride: PositiveInt = 1
     """In training, offsets >= 1 are scored at every n-th position only, from a random phase on, each counting n times:
     an unbiased estimate of the loss for less work; 1 is exact. Validation is exact always [ours]."""
+
+    def weights_of_offsets(self, window_size: int) -> tuple[float, ...]:
+        """Loss weight of each offset, `window_size` values, not normalised."""
+        return self.offset_weights or (1.0,) + (self.draft_weight,) * (window_size - 1)
 
 
 class OptimizerConfig(Config):
@@ -122,6 +141,10 @@ class OptimizerConfig(Config):
     """`cosine` falls to `final_learning_rate_fraction` at the last step."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from 0."""
+    module_warmup_steps: NonNegativeInt = 0
+    """Updates from the first on (skipped steps aside) that move the TensorAR modules alone; the base model, its moments
+    and its average stay as they are. Needs `warm_start`. Gradients are clipped by the norm of all, the base's too
+    [ours]."""
     final_learning_rate_fraction: Fraction = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
@@ -224,6 +247,9 @@ class TrainConfig(Config):
     """Directory of this run: checkpoints/, metrics.jsonl, tensorboard/, logs/."""
     data: LoaderConfig
     model: ModelConfig
+    recipe: Recipe = DEFAULT_RECIPE
+    """`paper`: noise, weights and warm-up as the paper has them, where the next two do not say; `tuned`: own drafts and
+    a small weight of offsets >= 1 [ours]. It fills in nothing at window_size 1."""
     noise: NoiseConfig = NoiseConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
@@ -243,6 +269,11 @@ class TrainConfig(Config):
     s3: S3Config = S3Config()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_recipe(cls, data: Any) -> Any:
+        return with_recipe(data, default=DEFAULT_RECIPE) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:
         weights = self.noise.offset_weights
@@ -250,6 +281,11 @@ class TrainConfig(Config):
             raise ValueError(
                 f"noise.offset_weights must have model.window_size = {self.model.window_size} values, "
                 f"got {len(weights)}"
+            )
+        if weights is not None and self.noise.draft_weight != 1.0:
+            raise ValueError(
+                f"noise.draft_weight must not stand beside noise.offset_weights, which say all, "
+                f"got {self.noise.draft_weight}; remove one of them"
             )
         if weights is not None and (weights[0] == 0 or sum(weights) == 0):
             raise ValueError(f"noise.offset_weights must weigh offset 0, the code that is kept, got {weights}")
@@ -260,6 +296,21 @@ class TrainConfig(Config):
             )
         if self.cluster.launcher == "ray":
             self.engine.grad_accumulation(self.cluster.num_workers)
+        return self
+
+    @model_validator(mode="after")
+    def _check_module_warmup(self) -> TrainConfig:
+        num_steps = self.optimizer.module_warmup_steps
+        if num_steps and self.model.window_size == 1:
+            raise ValueError(
+                f"optimizer.module_warmup_steps must be 0 at model.window_size 1, where there are no modules, "
+                f"got {num_steps}; remove it"
+            )
+        if num_steps and self.warm_start is None:
+            raise ValueError(
+                f"optimizer.module_warmup_steps must be 0 without warm_start, since nothing can be learned around "
+                f"the zero head of a fresh base model, got {num_steps}; set warm_start or remove it"
+            )
         return self
 
 

@@ -54,7 +54,14 @@ def rows_per_chunk(num_rows: int, *, bytes_per_row: int, chunk_bytes: int) -> in
     return max(1, -(-num_rows // num_chunks))
 
 
-def head_cross_entropy(states: Tensor, weight_VD: Tensor, *, targets: Tensor, row_weights: Tensor) -> HeadLoss:
+def head_cross_entropy(
+    states: Tensor,
+    weight_VD: Tensor,
+    *,
+    targets: Tensor,
+    row_weights: Tensor,
+    gradient_scales: Tensor | None = None,
+) -> HeadLoss:
     """Weighted cross-entropy of softmax(states @ weight.T), and of each row.
 
     Gradients of states and weight are made in this call, where grad mode and `requires_grad` ask for them, and only
@@ -65,11 +72,13 @@ def head_cross_entropy(states: Tensor, weight_VD: Tensor, *, targets: Tensor, ro
         weight_VD: the head's, same dtype.
         targets: (...) int64 in [0, V).
         row_weights: (...) float, what each row's entropy counts in the loss; 0 ignores it. No gradient.
+        gradient_scales: (...) float, what each row's part of the weight's gradient is multiplied by; none is 1. The
+            gradient of the states is not.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
     """
-    _check(states, weight_VD, targets, row_weights)
+    _check(states, weight_VD, targets, row_weights, gradient_scales)
     has_grad = torch.is_grad_enabled()
     loss, entropies_R, hits_R, _, _ = _head_cross_entropy(
         states.flatten(0, -2),
@@ -79,21 +88,25 @@ def head_cross_entropy(states: Tensor, weight_VD: Tensor, *, targets: Tensor, ro
         chunk_bytes_of(states.device),
         has_grad and states.requires_grad,
         has_grad and weight_VD.requires_grad,
+        None if gradient_scales is None else gradient_scales.flatten(),
     )
     return HeadLoss(loss, entropies_R.view(targets.shape), hits_R.view(targets.shape))
 
 
-def _check(states: Tensor, weight_VD: Tensor, targets: Tensor, row_weights: Tensor) -> None:
+def _check(
+    states: Tensor, weight_VD: Tensor, targets: Tensor, row_weights: Tensor, gradient_scales: Tensor | None
+) -> None:
     if states.shape[-1] != weight_VD.shape[1] or states.dtype != weight_VD.dtype:
         raise ValueError(
             f"cross-entropy of a head: states must be (..., {weight_VD.shape[1]}) {weight_VD.dtype} as its weight, "
             f"got {tuple(states.shape)} {states.dtype}; give states of the same model"
         )
-    if not states.shape[:-1] == targets.shape == row_weights.shape:
-        raise ValueError(
-            f"cross-entropy of a head: targets and row_weights must be one per state, {tuple(states.shape[:-1])}, "
-            f"got {tuple(targets.shape)} and {tuple(row_weights.shape)}; give as many"
-        )
+    for name, values in (("targets", targets), ("row_weights", row_weights), ("gradient_scales", gradient_scales)):
+        if values is not None and values.shape != states.shape[:-1]:
+            raise ValueError(
+                f"cross-entropy of a head: {name} must be one per state, {tuple(states.shape[:-1])}, "
+                f"got {tuple(values.shape)}; give as many"
+            )
 
 
 def chunked_cross_entropy(
@@ -104,6 +117,7 @@ def chunked_cross_entropy(
     chunk_bytes: int,
     needs_grad_states: bool,
     needs_grad_weight: bool,
+    gradient_scales_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op itself: loss, entropies_R, hits_R, gradients of states and weight (empty where they are not needed)."""
     entropies_R = torch.empty_like(row_weights_R)
@@ -130,7 +144,10 @@ def chunked_cross_entropy(
         if needs_grad_states:
             torch.mm(grad_logits, weight_VD, out=grad_states_RD[rows])
         if needs_grad_weight:
-            _add_product(grad_weight, grad_logits.t(), states_RD[rows])
+            states = states_RD[rows]
+            if gradient_scales_R is not None:
+                states = (states * gradient_scales_R[rows, None]).to(states.dtype)
+            _add_product(grad_weight, grad_logits.t(), states)
     loss = (row_weights_R * entropies_R).sum()
     return loss, entropies_R, hits_R, grad_states_RD, grad_weight.to(weight_VD.dtype)
 
@@ -154,6 +171,7 @@ def _(
     chunk_bytes: int,
     needs_grad_states: bool,
     needs_grad_weight: bool,
+    gradient_scales_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         row_weights_R.new_empty(()),
@@ -177,7 +195,7 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | 
     elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # a CPU need not wait to look
         gradients = [gradient.mul_(grad_loss) for gradient in gradients]
     needed = (gradient if needs else None for gradient, needs in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*needed, *(None for _ in range(5)))
+    return (*needed, *(None for _ in range(6)))
 
 
 _head_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)

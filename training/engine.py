@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.adamw import AVERAGE, AdamW
+from training.adamw import AVERAGE, IS_FROZEN, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
-from training.tensorar import TensorAR
+from training.tensorar import TensorAR, is_of_base
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ Engine = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed carries no types."""
 
 BUCKET_ELEMENTS = 50_000_000
+_IS_BASE = "is_base"
+"""Key of a parameter group: whether it holds the base model's parameters, or the modules'."""
 
 
 def learning_rate_of_step(config: OptimizerConfig, step: int, *, num_steps: int) -> float:
@@ -48,12 +50,24 @@ def learning_rate_of_step(config: OptimizerConfig, step: int, *, num_steps: int)
     return config.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two AdamW groups: tensors of two or more dimensions decay, the others do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def parameter_groups(model: nn.Module, *, weight_decay: float, has_base_groups: bool = False) -> list[dict[str, Any]]:
+    """Return two AdamW groups: tensors of two or more dimensions decay, the others do not.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of those that decay.
+        has_base_groups: whether the base model has two of its own, which `freeze_base` can freeze.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    halves = [named]
+    if has_base_groups:
+        halves = [[pair for pair in named if is_of_base(pair[0]) == is_base] for is_base in (True, False)]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for _, p in half if (p.dim() >= 2) == decays], "weight_decay": weight_decay if decays else 0.0}
+        | ({_IS_BASE: is_of_base(half[0][0])} if has_base_groups else {})
+        for half in halves
+        for decays in (True, False)
+        if half
     ]
     return [group for group in groups if group["params"]]
 
@@ -135,7 +149,11 @@ def build_engine(model: TensorAR, *, config: TrainConfig, ranks: Ranks) -> Engin
     check_settings(settings)
     _prepare_blocks(model, config.engine)
     optimizer = AdamW(
-        parameter_groups(model, weight_decay=config.optimizer.weight_decay),
+        parameter_groups(
+            model,
+            weight_decay=config.optimizer.weight_decay,
+            has_base_groups=config.optimizer.module_warmup_steps > 0,
+        ),
         lr=0.0,  # at ZeRO 0 in bfloat16 DeepSpeed takes a step with zero gradients here: it must change nothing
         betas=config.optimizer.betas,
         ema_decay=config.optimizer.ema_decay,
@@ -163,6 +181,17 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
     """Set the learning rate of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def freeze_base(engine: Engine, *, is_frozen: bool) -> None:
+    """Say whether the next step leaves the base model as it is: weights, moments and average, bit for bit.
+
+    Its gradients are made, reduced and counted in the norm as ever; they only move nothing. It needs the groups that
+    `optimizer.module_warmup_steps` makes.
+    """
+    for group in engine.optimizer.param_groups:
+        if group.get(_IS_BASE):
+            group[IS_FROZEN] = is_frozen
 
 
 def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:

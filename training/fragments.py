@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.storage import ArtifactError
 from training.fragment_file import WEIGHTS, FragmentFile, FragmentLayout
+from training.tensorar import is_of_base
 
 Engine = Any
 """A `deepspeed.DeepSpeedEngine`; DeepSpeed carries no types."""
@@ -88,7 +89,9 @@ def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     }
 
 
-def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimizer_steps: int) -> None:
+def restore_fragments(
+    engine: Engine, files: Iterable[FragmentFile], *, optimizer_steps: int, module_warmup_steps: int = 0
+) -> None:
     """Fill a fresh engine from a checkpoint's files, of any world size and ZeRO stage; called by every rank.
 
     Args:
@@ -96,6 +99,7 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         files: of the checkpoint; the first ones should hold most of what this rank needs, since the rest is only
             opened while something is missing.
         optimizer_steps: steps that the optimiser counts.
+        module_warmup_steps: how many of them, the first, left the base model alone, which does not count them.
 
     Raises:
         ArtifactError: the files do not hold all elements of the engine.
@@ -117,7 +121,9 @@ def restore_fragments(engine: Engine, files: Iterable[FragmentFile], *, optimize
         )
     if optimizer_steps:
         for master in masters:
-            _set_steps(engine, master, optimizer_steps)
+            is_of_base_master = any(is_of_base(piece.name) for piece in master.pieces)
+            missed_steps = min(optimizer_steps, module_warmup_steps) if is_of_base_master else 0
+            _set_steps(engine, master, optimizer_steps - missed_steps)
     _refresh_compute_weights(engine)
 
 

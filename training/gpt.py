@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from training.config import ModelConfig
 from training.cross_entropy import wide_dtype
+from training.gradient_scale import scale_gradient
 
 Readout = Callable[[Tensor, Tensor], Any]
 """What is made of normalised states (..., D) and the head's weight (V, D): logits, a loss, drawn codes."""
@@ -87,8 +88,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, same shape and dtype."""
+        return self.normalised(x) * self.weight
+
+    @staticmethod
+    def normalised(x: Tensor) -> Tensor:
+        """`x` over the root of its mean square."""
         wide = x.to(wide_dtype(x.dtype))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype)
+
+
+class FinalNorm(RMSNorm):
+    """The norm before the head."""
+
+    def forward(self, x: Tensor, gradient_scales: Tensor | None = None) -> Tensor:
+        """Normalised `x` (..., R, D); `gradient_scales` (R,) scale what each row adds to the weight's gradient."""
+        if gradient_scales is None:
+            return super().forward(x)
+        return self.normalised(x) * scale_gradient(self.weight, gradient_scales[:, None])
 
 
 class FeedForward(nn.Module):
@@ -210,7 +226,7 @@ class GPT(nn.Module):
         self.cls_embedding = LabelEmbedding(config.num_classes, config.dim)
         self.tok_embeddings = CodeEmbedding(config.codebook_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim)
+        self.norm = FinalNorm(config.dim)
         self.output = Head(config.dim, config.codebook_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.recomputes_activations = False
@@ -251,9 +267,12 @@ class GPT(nn.Module):
         out: Tensor = h
         return out
 
-    def head(self, h: Tensor, *, readout: Readout = F.linear) -> Any:
-        """What `readout` makes of states (..., D), normed first; by default logits (..., V) in the model's dtype."""
-        return self.output(self.norm(h), readout=readout)
+    def head(self, h: Tensor, *, readout: Readout = F.linear, gradient_scales: Tensor | None = None) -> Any:
+        """What `readout` makes of states (..., D), normed first; by default logits (..., V) in the model's dtype.
+
+        `gradient_scales` are those of the norm's weight (`FinalNorm`); those of the head's own are `readout`'s affair.
+        """
+        return self.output(self.norm(h, gradient_scales), readout=readout)
 
     def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """Training logits (B, T, V): position p, from the label and the codes before p, predicts code p.

@@ -199,7 +199,13 @@ class _Run:
         self._stepper.watchdog.enter("data", step=self._step)
         batch = self._loader.batch(self._samples_consumed)
         data_wait_s = time.perf_counter() - began
-        outcome = self._stepper.take(batch, step=self._step, data_wait_s=data_wait_s, is_told_to_stop=is_told_to_stop())
+        outcome = self._stepper.take(
+            batch,
+            step=self._step,
+            num_skipped_steps=self._skipped.count,
+            data_wait_s=data_wait_s,
+            is_told_to_stop=is_told_to_stop(),
+        )
         self._samples_consumed += self._config.engine.global_batch_size
         if outcome.is_skipped:
             self._skip(batch, outcome)

@@ -48,7 +48,7 @@ def window_loss(
         model: a `TensorAR`, or the DeepSpeed engine around one.
         windows_BTK: int64, as the model reads them.
         labels_B: int64.
-        scored: the predictions that count, and their targets.
+        scored: the predictions that count, their targets, and how much of those at offsets >= 1 the base model learns.
         offset_weights: K weights, normalised to sum 1; none is 1/K each.
 
     Returns:
@@ -74,7 +74,14 @@ def _read_loss(scored: Scored, shares: list[float], states_BRD: Tensor, weight_V
     of_offset = [share * scale for share, scale in zip(shares, scored.scale_of_offset, strict=True)]
     weights_K = torch.tensor(of_offset, dtype=wide_dtype(states_BRD.dtype), device=states_BRD.device)
     row_weights_BR = weights_K[scored.offsets_R] * scored.is_inside_BR
-    return head_cross_entropy(states_BRD, weight_VD, targets=scored.targets_BR, row_weights=row_weights_BR)
+    scales_R = scored.gradient_scales
+    return head_cross_entropy(
+        states_BRD,
+        weight_VD,
+        targets=scored.targets_BR,
+        row_weights=row_weights_BR,
+        gradient_scales=None if scales_R is None else scales_R.expand_as(row_weights_BR),
+    )
 
 
 def reference_window_loss(

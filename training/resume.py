@@ -69,7 +69,12 @@ def resume_engine(engine: Engine, *, config: TrainConfig, record: CheckpointReco
     # Begin where most of this rank's elements are: with the same world size and stage no other file is opened.
     first = engine.global_rank * record.world_size // engine.world_size
     names = [f"{directory}/{file.name}" for file in record.files[first:] + record.files[:first]]
-    restore_fragments(engine, (FragmentFile(storage, name) for name in names), optimizer_steps=record.optimizer_steps)
+    restore_fragments(
+        engine,
+        (FragmentFile(storage, name) for name in names),
+        optimizer_steps=record.optimizer_steps,
+        module_warmup_steps=config.optimizer.module_warmup_steps,
+    )
     logger.info(
         "resume step=%d path=%s written_by=%d ranks zero_stage=%d resume_s=%.2f",
         record.step,

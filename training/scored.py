@@ -35,6 +35,21 @@ class Scored:
     """Predictions of a sample at each offset; they sum to R."""
     scale_of_offset: tuple[float, ...]
     """What turns a sum over the predictions that count into the mean over all of an offset, or its estimate."""
+    draft_gradient_scale: float = 1.0
+    """In [0, 1]: what gradients of predictions at offsets >= 1 are multiplied by where they enter the base model."""
+
+    @property
+    def gradient_scales(self) -> Tensor | None:
+        """(R,) float32: what each prediction's gradient is multiplied by in the base model; none is 1."""
+        if self.draft_gradient_scale == 1.0:
+            return None
+        ones_R = torch.ones(len(self.offsets_R), device=self.offsets_R.device)
+        return ones_R.masked_fill_(self.offsets_R > 0, self.draft_gradient_scale)
+
+    def join_offsets(self, firsts_BRX: Tensor, others_BRX: Tensor) -> Tensor:
+        """(B, R, ...): predictions at offset 0 of the one, those at offsets >= 1 of the other."""
+        num_firsts = self.num_of_offset[0]
+        return torch.cat([firsts_BRX[:, :num_firsts], others_BRX[:, num_firsts:]], dim=1)
 
     def of_position(self, x_BTX: Tensor) -> Tensor:
         """(B, R, ...) of what there is of every position, (B, T, ...)."""
@@ -81,7 +96,12 @@ def draw_phases(*, window_size: int, stride: int, seed: int, step: int, sample_c
 
 
 def score_predictions(
-    codes_BT: Tensor, *, window_size: int, stride: int = 1, phases_BK: Tensor | None = None
+    codes_BT: Tensor,
+    *,
+    window_size: int,
+    stride: int = 1,
+    phases_BK: Tensor | None = None,
+    draft_gradient_scale: float = 1.0,
 ) -> Scored:
     """Return what is scored of a micro batch.
 
@@ -90,6 +110,7 @@ def score_predictions(
         window_size: K in [1, T].
         stride: s; 1 scores every prediction whose code lies in the image.
         phases_BK: int64 in [0, s), see `draw_phases`; none is 0.
+        draft_gradient_scale: see `Scored`.
 
     Source: systematic sampling with a random start [ours].
     """
@@ -115,6 +136,7 @@ def score_predictions(
         scale_of_offset=tuple(
             (stride if offset else 1) / (batch * (num_positions - offset)) for offset in range(window_size)
         ),
+        draft_gradient_scale=draft_gradient_scale,
     )
 
 

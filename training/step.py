@@ -16,7 +16,7 @@ import torch
 from pipeline.loader import Batch
 from pipeline.philox import Int64Array
 from training.config import TrainConfig
-from training.engine import Engine, learning_rate_of_step, set_learning_rate, take_step
+from training.engine import Engine, freeze_base, learning_rate_of_step, set_learning_rate, take_step
 from training.inputs import Inputs, dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
@@ -56,18 +56,23 @@ class Stepper:
         self._config = config
         self._num_micro_steps = config.engine.grad_accumulation(ranks.world_size)
 
-    def take(self, batch: Batch, *, step: int, data_wait_s: float, is_told_to_stop: bool) -> StepOutcome:
+    def take(
+        self, batch: Batch, *, step: int, num_skipped_steps: int, data_wait_s: float, is_told_to_stop: bool
+    ) -> StepOutcome:
         """Return the outcome of a step; called by every rank.
 
         Args:
             batch: this rank's part of the global batch.
             step: its number, from 1 on.
+            num_skipped_steps: how many of the steps before it changed nothing.
             data_wait_s: what this rank waited for the batch.
             is_told_to_stop: whether this rank was.
         """
         config = self._config
         rate = learning_rate_of_step(config.optimizer, step, num_steps=config.num_steps)
         set_learning_rate(self.engine, rate)
+        num_updates = step - 1 - num_skipped_steps
+        freeze_base(self.engine, is_frozen=num_updates < config.optimizer.module_warmup_steps)
         measures = torch.stack([self._take_micro_step(batch, step, index) for index in range(self._num_micro_steps)])
         self.watchdog.enter("reduce", step=step)
         told = measures.new_tensor([float(is_told_to_stop), data_wait_s])
@@ -109,7 +114,7 @@ class Stepper:
             inputs.windows_BTK,
             inputs.labels_B,
             scored=self._score(inputs, step),
-            offset_weights=config.noise.offset_weights,
+            offset_weights=config.noise.weights_of_offsets(config.model.window_size),
         )
         self.watchdog.enter("backward", step=step)
         self.engine.backward(result.loss)
@@ -119,15 +124,21 @@ class Stepper:
         return torch.cat(parts).double()
 
     def _score(self, inputs: Inputs, step: int) -> Scored:
-        stride, window_size = self._config.noise.scored_stride, self._config.model.window_size
+        noise, window_size = self._config.noise, self._config.model.window_size
         phases_BK = draw_phases(
             window_size=window_size,
-            stride=stride,
+            stride=noise.scored_stride,
             seed=self._config.seed,
             step=step,
             sample_counters_B=inputs.counters_B,
         )
-        return score_predictions(inputs.codes_BT, window_size=window_size, stride=stride, phases_BK=phases_BK)
+        return score_predictions(
+            inputs.codes_BT,
+            window_size=window_size,
+            stride=noise.scored_stride,
+            phases_BK=phases_BK,
+            draft_gradient_scale=noise.draft_gradient_scale,
+        )
 
     def _part(self, batch_size: int, index: int) -> slice:
         size = batch_size // self._num_micro_steps

@@ -12,6 +12,7 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from training.config import ModelConfig
 from training.cross_entropy import wide_dtype
 from training.gpt import GPT, INIT_STD, CodeEmbedding, FeedForward, Readout, RMSNorm, init_weights
+from training.gradient_scale import scale_gradient
 from training.mixing import attend_by_tables, attend_windows, reference_attend_windows
 from training.noise import valid_offsets
 from training.scored import Scored
@@ -141,27 +143,45 @@ class OutputDecoder(nn.Module):
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
 
     def forward(self, h_BTD: Tensor, scored: Scored | None = None) -> Tensor:
-        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed."""
-        heads = self.attention.heads
-        queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
+        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed.
+
+        Where `scored.draft_gradient_scale` is below 1, offsets >= 1 read `h_BTD` once more, through the scale: values
+        are the same bits, the modules' gradients are whole, and those of `h_BTD` are scaled.
+        """
+        queries_KD = self.query_norm(self.queries)
         score_weight_KND = self.attention.score_weight(queries_KD)
         wide = wide_dtype(h_BTD.dtype)
         own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).to(wide)
         shares_KNK = own_KNK.softmax(-1).to(h_BTD.dtype)
         constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
-        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).to(wide)
-        scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
-        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)
-        values_BTNH = self.attention.values(states_BTD)
+        read = partial(self._read, score_weight_KND=score_weight_KND, own_KN=own_KNK.logsumexp(-1))
         if scored is None:
+            gate, values_BTNH = read(h_BTD)
             h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], constant_KNH
         else:
-            h, values = (scored.of_position(x) for x in (h_BTD, values_BTNH))
-            gate, constant = scored.of_prediction(gate), scored.of_offset(constant_KNH)
+            h, gate, values = _of_scored(h_BTD, *read(h_BTD), scored)
+            constant = scored.of_offset(constant_KNH)
+            if scored.draft_gradient_scale != 1.0:
+                scaled_BTD = scale_gradient(h_BTD, scored.draft_gradient_scale)
+                pairs = zip((h, gate, values), _of_scored(scaled_BTD, *read(scaled_BTD), scored), strict=True)
+                h, gate, values = (scored.join_offsets(*pair) for pair in pairs)
         attended = constant + gate[..., None] * (values - constant)
         z = h + self.attention.wo(attended.flatten(-2))
         out: Tensor = z + self.feed_forward(self.ffn_norm(z))
         return out
+
+    def _read(self, h_BTD: Tensor, *, score_weight_KND: Tensor, own_KN: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (B, T, K, N) and values (B, T, N, H) of backbone states."""
+        states_BTD = self.state_norm(h_BTD)
+        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).to(own_KN.dtype)
+        scores_BTKN = scores.view(*scores.shape[:-1], -1, self.attention.heads)
+        gate_BTKN = torch.sigmoid(scores_BTKN - own_KN).to(h_BTD.dtype)
+        return gate_BTKN, self.attention.values(states_BTD)
+
+
+def _of_scored(h_BTD: Tensor, gate_BTKN: Tensor, values_BTNH: Tensor, scored: Scored) -> tuple[Tensor, ...]:
+    """States, gates and values of the scored predictions, (B, R, ...) each."""
+    return scored.of_position(h_BTD), scored.of_prediction(gate_BTKN), scored.of_position(values_BTNH)
 
 
 class TensorAR(nn.Module):
@@ -208,7 +228,8 @@ class TensorAR(nn.Module):
             states = self.output_decoder(h_BTD, scored)
         else:
             states = h_BTD[:, :, None] if scored is None else h_BTD  # one offset: every position is scored
-        return self.base.head(states, readout=readout)
+        gradient_scales_R = None if scored is None else scored.gradient_scales
+        return self.base.head(states, readout=readout, gradient_scales=gradient_scales_R)
 
     def forward(
         self, windows_BTK: Tensor, labels_B: Tensor, *, scored: Scored | None = None, readout: Readout = F.linear
@@ -251,6 +272,11 @@ def num_added_parameters(config: ModelConfig) -> int:
     if config.window_size == 1:
         return 0
     return config.dim * (8 * config.dim + 6 * module_hidden_dim(config) + 7 + 2 * config.window_size)
+
+
+def is_of_base(name: str) -> bool:
+    """Whether a parameter of a `TensorAR` belongs to the base model, by its name."""
+    return name.startswith("base.")
 
 
 def build_model(config: ModelConfig) -> TensorAR:

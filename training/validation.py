@@ -3,7 +3,8 @@
 Invariant: the result depends on the weights, the shard set and the spec only; the draws of a sample do not depend on
 the step or the world size. The weights are the raw ones, also where an average of them is kept. Two measures: windows
 noised by the schedule, and (window_size > 1) windows filled with the model's own drafts, which is what sampling will
-show it; of the second only offset 0, the code that is kept, counts. It costs three forward passes of the samples (one
+show it (drawn at temperature 1, whatever training draws at); of the second only offset 0, the code that is kept,
+counts. It costs three forward passes of the samples (one
 at window_size 1).
 """
 
@@ -19,13 +20,10 @@ from pipeline.philox import Int64Array
 from pipeline.shard_set import ShardSet
 from training.config import TrainConfig
 from training.engine import Engine
-from training.inputs import make_inputs, with_own_drafts
+from training.inputs import VALIDATION_STEP, make_inputs, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
 from training.scored import score_predictions
-
-_STEP = 0
-"""The step that keys the draws of validation; training begins at step 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ class Validation:
         sums = self._ranks.sum(sums).cpu()
         means: list[float] = (sums[:-1] / sums[-1]).tolist()
         losses, accuracies = means[:window_size], means[window_size : 2 * window_size]
-        weights = self._config.noise.offset_weights or (1.0,) * window_size
+        weights = self._config.noise.weights_of_offsets(window_size)
         return ValidationResult(
             loss=sum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / sum(weights),
             loss_of_offset=losses,
@@ -96,7 +94,7 @@ class Validation:
             labels_B,
             read,
             config=self._config,
-            step=_STEP,
+            step=VALIDATION_STEP,
             label_dropout=0.0,
             device=self._ranks.device,
         )
@@ -104,7 +102,7 @@ class Validation:
         noised = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
         own_draft_loss_0 = noised.loss_of_offset_K[:1]
         if self._config.model.window_size > 1:
-            inputs = with_own_drafts(inputs, engine.module, config=self._config, step=_STEP)
+            inputs = with_own_drafts(inputs, engine.module, config=self._config, step=VALIDATION_STEP)
             drafted = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
             own_draft_loss_0 = drafted.loss_of_offset_K[:1]
         means = torch.cat([noised.loss_of_offset_K, noised.accuracy_of_offset_K, own_draft_loss_0])

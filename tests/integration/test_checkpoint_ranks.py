@@ -35,12 +35,15 @@ class Mode(NamedTuple):
     zero_stage: int
     dtype: str
     offload: bool = False
+    module_warmup_steps: int = 0
+    """Over the third step, where the halves meet, or up to one before it."""
 
 
-FAST = [Mode(2, "bfloat16"), Mode(3, "float32")]
+FAST = [Mode(2, "bfloat16"), Mode(3, "float32"), Mode(2, "bfloat16", module_warmup_steps=4)]
 ALL = [
     *(Mode(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")),
     *(Mode(stage, "bfloat16", offload=True) for stage in (1, 2, 3)),
+    *(Mode(stage, "float32", module_warmup_steps=steps) for stage in (0, 2, 3) for steps in (2, 4)),
 ]
 State = dict[str, npt.NDArray[np.float32]]
 
@@ -56,6 +59,7 @@ def spec_of(run_dir: Path, *, zero_stage: int, dtype: str = "float32", **changes
         "optimizer": {"learning_rate": 3e-3, "ema_decay": 0.9},
         "engine": {"zero_stage": zero_stage, "dtype": dtype, "global_batch_size": 8},
         "num_steps": 99,
+        "warm_start": "unused",
         "seed": 4,
     }
     for name, value in changes.items():
@@ -114,12 +118,14 @@ def equal(one: State, other: State) -> bool:
 
 
 def spec_of_mode(directory: Path, name: str, mode: Mode) -> dict[str, Any]:
+    warmed_up = {"optimizer__module_warmup_steps": mode.module_warmup_steps, "model__window_size": 3}
     return spec_of(
         directory / "-".join(map(str, (name, *mode))),
         zero_stage=mode.zero_stage,
         dtype=mode.dtype,
         engine__offload_optimizer=mode.offload,
         checkpoint__background=mode.zero_stage != 1,
+        **(warmed_up if mode.module_warmup_steps else {}),
     )
 
 
@@ -159,7 +165,7 @@ def fast_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
 @pytest.fixture
 def real_run(fast_runs: tuple[Path, list[Any]]) -> Path:
     """Two checkpoints, of steps 3 and 6, of two ranks under ZeRO 2."""
-    return fast_runs[0] / "halves-2-bfloat16-False"
+    return fast_runs[0] / "halves-2-bfloat16-False-0"
 
 
 def test_a_resumed_engine_goes_on_bit_for_bit(fast_runs: tuple[Path, list[Any]]) -> None:

@@ -141,6 +141,28 @@ def test_every_zero_stage_resumes_bit_for_bit(shards: Path, tmp_path: Path, zero
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_run_that_warms_up_its_modules_moves_the_base_after_them_and_resumes_bit_for_bit(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"warm_start": str(finished), "optimizer__schedule": "constant", "validation": None}
+    changes |= {"optimizer__module_warmup_steps": 3, "noise__draft_gradient_scale": 0.5}
+    changes |= {"noise__beta_jitter": 0.3, "noise__draft_temperature": 0.8, "noise__own_draft_fraction": 0.5}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(config_of(whole, shards, num_steps=4, **changes))[0] == 0
+    weights = []
+    for num_steps in (2, 4):
+        code, output = run(config_of(halves, shards, num_steps=num_steps, **changes))
+        assert code == 0, output
+        weights.append(weights_of(halves))
+    assert measured(halves) == measured(whole)
+    for name, weight in weights_of(finished).items():
+        assert torch.equal(weights[0][name], weight.bfloat16().float()) == name.startswith("base."), name
+    name = "base.layers.0.attention.wqkv.weight"
+    assert not torch.equal(weights[1][name], weights[0][name])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_accumulated_micro_batches_and_one_rank_train_like_two(shards: Path, tmp_path: Path) -> None:
     changes = {"engine__dtype": "float32", "model__dropout": 0.0, "num_steps": 5, "validation": None}
     changes |= {"noise__scored_stride": 3}

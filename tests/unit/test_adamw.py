@@ -31,6 +31,31 @@ def test_average_does_not_change_the_steps() -> None:
     assert all("ema" not in state for state in plain.state.values())
 
 
+def test_a_frozen_group_stays_bit_for_bit_and_then_takes_the_steps_of_a_fresh_one() -> None:
+    frozen, free = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 4.0])) for _ in range(2))
+    groups = [{"params": [frozen], "is_frozen": True}, {"params": [free]}]
+    optimizer = AdamW(groups, lr=0.5, betas=(0.9, 0.95), ema_decay=0.75)
+    for step in range(5):
+        frozen.grad, free.grad = (torch.tensor([1.0, -1.0, 0.5]) * (step + 1) for _ in range(2))
+        optimizer.step()
+    fresh, weights, alone = steps_of(0.75, num_steps=5)
+    assert torch.equal(free, weights[-1])
+    assert torch.equal(frozen, weights[0])
+    state = optimizer.state[frozen]
+    assert list(state) == list(optimizer.state[free]) == ["step", "exp_avg", "exp_avg_sq", "ema"]
+    assert state["step"] == 0
+    assert not state["exp_avg"].any()
+    assert not state["exp_avg_sq"].any()
+    assert torch.equal(state["ema"], weights[0])
+    optimizer.param_groups[0]["is_frozen"] = False
+    free.grad = None
+    for step in range(5):
+        frozen.grad = torch.tensor([1.0, -1.0, 0.5]) * (step + 1)
+        optimizer.step()
+    assert torch.equal(frozen, weights[-1])
+    assert all(torch.equal(state[kind], fresh.state[alone][kind]) for kind in state)
+
+
 def test_what_has_no_gradient_keeps_weights_and_average() -> None:
     optimizer, weights, parameter = steps_of(0.75, num_steps=2)
     before = optimizer.state[parameter]["ema"].clone()

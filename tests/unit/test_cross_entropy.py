@@ -112,7 +112,7 @@ def test_nothing_but_losses_is_computed_without_gradient(monkeypatch: pytest.Mon
     states, weight, targets, row_weights = problem(6, torch.float32)
     asked = []
     op = cross_entropy._head_cross_entropy
-    monkeypatch.setattr(cross_entropy, "_head_cross_entropy", lambda *args: asked.append(args[-2:]) or op(*args))
+    monkeypatch.setattr(cross_entropy, "_head_cross_entropy", lambda *args: asked.append(args[5:7]) or op(*args))
     with torch.no_grad():
         assert not head_cross_entropy(states, weight, targets=targets, row_weights=row_weights).loss.requires_grad
     head_cross_entropy(states, weight.detach(), targets=targets, row_weights=row_weights)
@@ -137,6 +137,29 @@ def test_runs_repeat_bit_for_bit(rows_a_chunk: int) -> None:
     assert all(torch.equal(*pair) for pair in zip(grads(), grads(), strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_a_row_gives_its_scaled_part_to_the_weights_gradient_alone(
+    rows_a_chunk: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    states, weight, targets, row_weights = problem(11, dtype)
+    scales = torch.linspace(0.0, 1.0, 11)
+    exact = states.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    entropies = F.cross_entropy(F.linear(*exact), targets, reduction="none") * row_weights.double()
+    wanted_states = torch.autograd.grad(entropies.sum(), exact[0], retain_graph=True)[0]
+    wanted_weight = torch.autograd.grad((entropies * scales.double()).sum(), exact[1])[0]
+    plain = head_cross_entropy(states, weight, targets=targets, row_weights=row_weights)
+    got = head_cross_entropy(states, weight, targets=targets, row_weights=row_weights, gradient_scales=scales)
+    assert torch.equal(got.loss, plain.loss)
+    assert torch.equal(got.entropies, plain.entropies)
+    for gradient, wanted in zip(
+        torch.autograd.grad(got.loss, (states, weight)), (wanted_states, wanted_weight), strict=True
+    ):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(
+            gradient.double(), wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max())
+        )
+
+
 @pytest.mark.parametrize("wants_gradients", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_is_registered_as_torch_demands(dtype: torch.dtype, wants_gradients: bool) -> None:
@@ -144,6 +167,7 @@ def test_the_op_is_registered_as_torch_demands(dtype: torch.dtype, wants_gradien
     inputs = (states, weight) if wants_gradients else (states.detach(), weight.detach())
     arguments = (*inputs, targets, row_weights, 8 * V * 2, wants_gradients, wants_gradients)
     torch.library.opcheck(torch.ops.tensorar.head_cross_entropy, arguments)
+    torch.library.opcheck(torch.ops.tensorar.head_cross_entropy, (*arguments, torch.rand(5)))
 
 
 def test_it_compiles_without_a_graph_break_and_recomputes_under_checkpointing() -> None:
@@ -178,7 +202,7 @@ def test_chunks_are_as_equal_as_the_budget_allows(num_rows: int, most: int, size
     [
         (torch.zeros(3, D + 1), 3, r"states must be \(..., 8\) torch.float32 as its weight, got \(3, 9\)"),
         (torch.zeros(3, D, dtype=torch.bfloat16), 3, "got .* torch.bfloat16; give states of the same model"),
-        (torch.zeros(3, D), 2, r"one per state, \(3,\), got \(2,\) and \(2,\)"),
+        (torch.zeros(3, D), 2, r"targets must be one per state, \(3,\), got \(2,\)"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(states: Tensor, num_targets: int, message: str) -> None:

@@ -52,6 +52,18 @@ def test_only_tensors_of_two_dimensions_or_more_decay() -> None:
     assert sorted(tuple(p.shape) for p in others["params"]) == [(2,), (3,), (3,)]
 
 
+def test_base_model_and_modules_have_groups_of_their_own_where_asked() -> None:
+    model = nn.ModuleDict({"base": nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(5)), "input_encoder": nn.Linear(7, 4)})
+    groups = parameter_groups(model, weight_decay=0.05, has_base_groups=True)
+    found = [(group["is_base"], group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in groups]
+    assert found == [
+        (True, 0.05, [(2, 3)]),
+        (True, 0.0, [(2,), (5,), (5,)]),
+        (False, 0.05, [(4, 7)]),
+        (False, 0.0, [(4,)]),
+    ]
+
+
 def settings_of(**fields: Any) -> dict[str, Any]:
     return deepspeed_settings(EngineConfig(**fields), max_grad_norm=1.0, world_size=2)
 

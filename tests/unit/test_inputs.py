@@ -1,6 +1,7 @@
 """What a micro step reads: which steps train on own drafts, what dropout is seeded by, the parts put together."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.gpt import Readout
-from training.inputs import dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
+from training.inputs import betas_of_step, dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
 
 
-def config_of(*, fraction: float = 0.3, window_size: int = 4, seed: int = 0) -> TrainConfig:
+def config_of(*, fraction: float = 0.3, window_size: int = 4, seed: int = 0, **noise_fields: Any) -> TrainConfig:
     config = train_config(Path("run"), shards=Path("set"))
-    noise = config.noise.model_copy(update={"own_draft_fraction": fraction, "offset_weights": None})
+    changes = {"own_draft_fraction": fraction, "offset_weights": None} | noise_fields
+    noise = config.noise.model_copy(update=changes)
     model = config.model.model_copy(update={"window_size": window_size})
     return config.model_copy(update={"noise": noise, "model": model, "seed": seed})
 
@@ -36,6 +38,48 @@ def test_the_asked_for_share_of_steps_trains_on_own_drafts() -> None:
 
 def test_a_base_model_has_no_drafts_to_train_on() -> None:
     assert steps_on_own_drafts(config_of(fraction=1.0, window_size=1), count=100) == []
+
+
+def test_jitter_moves_the_betas_of_drafts_by_one_uniform_draw_a_step() -> None:
+    config = config_of(schedule="linear", beta_jitter=0.2)  # betas 0, 1/3, 2/3, 1
+    shifts = []
+    for step in range(1, 2001):
+        first, second, third, last = betas_of_step(config, step=step)
+        assert first == 0.0
+        assert third - second == pytest.approx(1 / 3)
+        shift = second - 1 / 3
+        assert last == pytest.approx(min(1.0, 1.0 + shift))
+        shifts.append(shift)
+    assert -0.2 <= min(shifts) < -0.199 < 0.199 < max(shifts) <= 0.2
+    # The mean of 2,000 uniform draws, five standard deviations; each is independent of the one before.
+    assert np.mean(shifts) == pytest.approx(0.0, abs=5 * 0.2 / (3 * 2000) ** 0.5)
+    assert abs(np.corrcoef(shifts[:-1], shifts[1:])[0, 1]) < 5 / 2000**0.5
+    assert betas_of_step(config, step=9) == betas_of_step(config, step=9)
+    assert betas_of_step(config, step=9) != betas_of_step(config_of(schedule="linear", beta_jitter=0.2, seed=1), step=9)
+
+
+def test_jitter_is_clipped_and_validation_has_none() -> None:
+    config = config_of(schedule="linear", beta_jitter=1.0)
+    betas = [betas_of_step(config, step=step) for step in range(1, 200)]
+    assert min(map(min, betas)) == 0.0
+    assert max(map(max, betas)) == 1.0
+    assert all(first == 0.0 for first, *_ in betas)
+    assert betas_of_step(config, step=0) == pytest.approx((0.0, 1 / 3, 2 / 3, 1.0))
+    assert betas_of_step(config_of(schedule="linear"), step=7) == pytest.approx((0.0, 1 / 3, 2 / 3, 1.0))
+
+
+def test_windows_of_a_step_are_noised_by_its_jittered_betas() -> None:
+    config = config_of(schedule="none", beta_jitter=0.9)
+    shape = (200, config.model.num_positions)
+    arguments = (np.full(shape, 99, dtype=np.int64), np.zeros(200, dtype=np.int64), np.arange(200, dtype=np.int64))
+    for step in (1, 2, 3, 4):
+        inputs = make_inputs(*arguments, config=config, step=step, label_dropout=0.0, device=torch.device("cpu"))
+        inside = inputs.windows_BTK[:, :-3]
+        shares = (inside != 99).double().mean((0, 1)).tolist()
+        beta = betas_of_step(config, step=step)[1]
+        # 2,600 draws an offset, five standard deviations.
+        assert shares == pytest.approx([0.0, beta, beta, beta], abs=5 * 0.5 / 2600**0.5)
+    assert {betas_of_step(config, step=step)[1] > 0.0 for step in (1, 2, 3, 4)} == {True, False}
 
 
 def test_dropout_has_a_seed_of_its_own_for_each_step_micro_step_and_rank() -> None:
@@ -77,6 +121,32 @@ def test_own_drafts_take_the_place_of_noise_and_leave_the_true_codes() -> None:
     drafted = with_own_drafts(noised, PredictsOneCode(config.model.codebook_size), config=config, step=1)
     assert torch.equal(drafted.windows_BTK[:, :, 0], noised.codes_BT)
     assert torch.equal(drafted.windows_BTK[:, :, 1:], torch.full_like(drafted.windows_BTK[:, :, 1:], 3))
+
+
+class PrefersOneCode(torch.nn.Module):
+    """Code 3 has a logit of ln 3 above another, all else none: at temperature 1 it is drawn three times in four."""
+
+    def forward(self, windows_BTK: Tensor, labels_B: Tensor, *, readout: Readout) -> Tensor:
+        logits = torch.full((*windows_BTK.shape, 16), -1e9)
+        logits[..., 3], logits[..., 5] = float(np.log(3)), 0.0
+        drafts: Tensor = readout(logits, torch.eye(16))
+        return drafts
+
+
+@pytest.mark.parametrize(
+    ("temperature", "step", "share"),
+    [(1.0, 1, 3 / 4), (0.5, 1, 9 / 10), (2.0, 1, 3**0.5 / (1 + 3**0.5)), (0.5, 0, 3 / 4)],
+    ids=["1", "1/2", "2", "validation is at 1"],
+)
+def test_own_drafts_are_drawn_at_their_temperature_in_training(temperature: float, step: int, share: float) -> None:
+    config = config_of(draft_temperature=temperature)
+    codes_BT = np.zeros((200, config.model.num_positions), dtype=np.int64)
+    labels_B, counters_B = np.zeros(200, dtype=np.int64), np.arange(200, dtype=np.int64)
+    noised = make_inputs(
+        codes_BT, labels_B, counters_B, config=config, step=step, label_dropout=0.0, device=torch.device("cpu")
+    )
+    drafts = with_own_drafts(noised, PrefersOneCode(), config=config, step=step).windows_BTK[:, :, 1:]
+    assert float((drafts == 3).double().mean()) == pytest.approx(share, abs=5 * 0.5 / drafts.numel() ** 0.5)
 
 
 def test_the_asked_for_labels_are_dropped() -> None:

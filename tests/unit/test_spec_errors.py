@@ -188,7 +188,8 @@ def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(tmp_path: Path) -> None:
 
 def test_an_override_that_opens_a_group_is_the_place_of_what_is_wrong_with_it(tmp_path: Path) -> None:
     assert problems(tmp_path, TRAIN, "foo.bar.baz=1", "engine.global_batch_size=47") == [
-        "--set foo.bar.baz=1: foo is not a field; the fields here are kind, run_dir, data, model, noise, optimizer, "
+        "--set foo.bar.baz=1: foo is not a field; the fields here are kind, run_dir, data, model, recipe, noise, "
+        "optimizer, "
         "engine, checkpoint, validation, num_steps, log_every_n_steps, max_skipped_steps, wandb_project, warm_start, "
         "seed, s3, cluster",
         "--set engine.global_batch_size=47: engine.global_batch_size must be a multiple of "
