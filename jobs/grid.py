@@ -183,10 +183,11 @@ def _selection(study: Study, text: str) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for term in text.split(","):
         label, equals, case = term.strip().partition("=")
-        known = list(dict.fromkeys(run.cases[label] for run in study.runs)) if label in study.runs[0].cases else None
-        if not equals or known is None:
-            labels = list(study.runs[0].cases)
-            advice = closest(label, labels) or f"; the axes are {', '.join(labels)}"
+        cases_of = {axis: list(dict.fromkeys(run.cases[axis] for run in study.runs)) for axis in study.runs[0].cases}
+        known = cases_of.get(label, [])
+        if not equals or not known:
+            advice = closest(label, list(cases_of)) or f"; the axes are {', '.join(cases_of)}"
+            advice = f"; write {label}={known[0]}" if known else advice
             raise SpecError([f"--only {text}: a selection must be AXIS=CASE,..., got {term!r}{advice}"])
         if case not in known:
             advice = closest(case, known) or f"; its cases are {', '.join(known)}"
