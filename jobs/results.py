@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pipeline.ledger import MANIFEST_NAME, read_manifest
 from pipeline.storage import ArtifactError, Storage
 from tokenization.config import Config
@@ -50,10 +52,12 @@ def find_run(storage: Storage, *, kind: str, spec: dict[str, Any]) -> Found:
     """
     try:
         return _FINDERS[kind](storage, spec)
-    except (ArtifactError, ValueError, KeyError, TypeError, IndexError) as error:
-        reason = str(error) if isinstance(error, ArtifactError) else f"got {error!r}"
-        rule = f"its files must be those of a {kind} run"
-        return Found(problem=f"read the results of {storage}: {rule}, {reason}; remove the directory to run it anew")
+    except (ArtifactError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        rule = f"its files must be those of a run of kind {kind}"
+        return Found(
+            problem=f"read the results of {storage}: {rule}, got {reason}; remove the directory to run it anew"
+        )
 
 
 def read_lines(storage: Storage) -> list[dict[str, Any]]:
@@ -99,7 +103,7 @@ def _find_evaluate(storage: Storage, _: dict[str, Any]) -> Found:
     record = _read_json(storage, "evaluation.json")
     if record is None:
         return Found()
-    return Found(is_done=True, measures={name: Measure(**entry) for name, entry in record["headline"].items()})
+    return Found(is_done=True, measures=dict(_HEADLINE.validate_python(record["headline"])))
 
 
 def _find_tokenize(storage: Storage, _: dict[str, Any]) -> Found:
@@ -132,6 +136,7 @@ def _find_fit(storage: Storage, spec: dict[str, Any]) -> Found:
     )
 
 
+_HEADLINE = TypeAdapter(dict[str, Measure])
 _FINDERS: dict[str, Callable[[Storage, dict[str, Any]], Found]] = {
     "fit_tokenizer": _find_fit,
     "tokenize": _find_tokenize,

@@ -24,7 +24,7 @@ from jobs.study_results import (
     STUDY_NAME,
     EndState,
     StudyResult,
-    is_held,
+    claim_of,
     read_outcome,
     result_of_run,
     write_outcome,
@@ -91,8 +91,8 @@ def read_results(study: Study) -> StudyResult:
     for run in study.runs:
         directory = open_storage(run.spec.run_dir, s3=study.s3)
         found = find_run(directory, kind=study.kind, spec=run.spec.model_dump(mode="json"))
-        outcome = read_outcome(storage, run.name)
-        results.append(result_of_run(directory, name=run.name, cases=run.cases, found=found, outcome=outcome))
+        claim = claim_of(storage, run.name, s3=study.s3)
+        results.append(result_of_run(directory, claim, name=run.name, cases=run.cases, found=found))
     return StudyResult(kind=study.kind, run_dir=study.run_dir, runs=tuple(results))
 
 
@@ -112,24 +112,35 @@ class _Worker:
 
     def take(self, run: StudyRun) -> bool:
         """Do what is left of a run and say what has become of it; False where another process holds it."""
-        directory = open_storage(run.spec.run_dir, s3=self._study.s3)
-        if is_held(directory):
+        claim = claim_of(self._storage, run.name, s3=self._study.s3)
+        try:
+            with claim.exclusive():
+                self._work(run, claim)
+        except DirectoryInUseError:
             return False
-        outcome = read_outcome(self._storage, run.name)
-        if (outcome is None or outcome.state == "done") and _is_done(run, directory):
-            return self._attempt(run, seconds_s=0.0 if outcome is None else outcome.seconds_s, is_done=True)
-        logger.info("study %s: run %s begins", self._study.run_dir, run.name)
-        seconds_s = 0.0 if outcome is None else outcome.seconds_s
-        write_outcome(self._storage, run.name, state="running", seconds_s=seconds_s)
-        return self._attempt(run, seconds_s=seconds_s, is_done=False)
+        return True
 
-    def _attempt(self, run: StudyRun, *, seconds_s: float, is_done: bool) -> bool:
+    def _work(self, run: StudyRun, claim: Storage) -> None:
+        """Run it; raises DirectoryInUseError where it is being run without the study."""
+        directory = open_storage(run.spec.run_dir, s3=self._study.s3)
+        outcome = read_outcome(claim)
+        seconds_s = 0.0 if outcome is None else outcome.seconds_s
+        if (outcome is None or outcome.state == "done") and _is_done(run, directory):
+            self._attempt(run, claim, seconds_s=seconds_s, is_done=True)
+            return
+        with directory.exclusive():
+            pass  # some jobs prepare for long before they look
+        logger.info("study %s: run %s begins", self._study.run_dir, run.name)
+        write_outcome(claim, state="running", seconds_s=seconds_s)
+        self._attempt(run, claim, seconds_s=seconds_s, is_done=False)
+
+    def _attempt(self, run: StudyRun, claim: Storage, *, seconds_s: float, is_done: bool) -> None:
         """Run it; of a run that is done only what says so is looked at, which counts no time."""
         began = time.monotonic()
 
         def say(state: EndState, error: str | None = None) -> None:
             seconds = seconds_s if is_done else seconds_s + time.monotonic() - began
-            write_outcome(self._storage, run.name, state=state, seconds_s=seconds, error=error)
+            write_outcome(claim, state=state, seconds_s=seconds, error=error)
             publish(self._study, self._storage)
 
         listen_to_sigterm()  # Ray may have caught it for itself in the run before
@@ -139,7 +150,7 @@ class _Worker:
             else:
                 run_spec(run.spec, progress=self._progress)
         except DirectoryInUseError:
-            return False
+            raise
         except (RunStoppedError, KeyboardInterrupt, SystemExit) as stopped:
             say("stopped")
             if isinstance(stopped, SystemExit):  # Ray's way to end on SIGTERM
@@ -151,7 +162,6 @@ class _Worker:
             if not is_done:
                 say("done")
                 logger.info("study %s: run %s is done", self._study.run_dir, run.name)
-        return True
 
     def _fail(self, run: StudyRun, error: Exception, *, say: Callable[[EndState, str], None]) -> None:
         is_known = isinstance(error, RuntimeError | ValueError | OSError | ArithmeticError)

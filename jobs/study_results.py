@@ -22,12 +22,13 @@ from tokenization.config import Config
 
 STUDY_NAME = "study.json"
 SPEC_NAME = "spec.json"
+OUTCOME_NAME = "outcome.json"
 EndState = Literal["stopped", "failed", "done"]
 State = Literal["to do", "running", "stopped", "failed", "done"]
 
 
 class Outcome(Config):
-    """What a study's process last said of a run: `outcomes/NAME.json`."""
+    """What a study's process last said of a run: `outcomes/NAME/outcome.json`."""
 
     version: Literal[1] = 1
     """Version of this format."""
@@ -72,11 +73,18 @@ class StudyResult(Config):
         return sum(run.state == state for run in self.runs)
 
 
-def result_of_run(
-    storage: Storage, *, name: str, cases: dict[str, str], found: Found, outcome: Outcome | None
-) -> RunResult:
-    """The entry of `study.json`: what is found, in the light of what the study's processes said."""
-    state = state_of(found, outcome, is_held=lambda: is_held(storage))
+def result_of_run(storage: Storage, claim: Storage, *, name: str, cases: dict[str, str], found: Found) -> RunResult:
+    """The entry of `study.json`: what is found, in the light of what the study's processes said.
+
+    Args:
+        storage: The run_dir.
+        claim: What `claim_of` gives for the run.
+        name: Of the run.
+        cases: Of the run.
+        found: What its own files say.
+    """
+    outcome = read_outcome(claim)
+    state = state_of(found, outcome, is_held=lambda: is_held(claim) or is_held(storage))
     finite = {name: measure for name, value in found.measures.items() if (measure := _finite(value)) is not None}
     return RunResult(
         name=name,
@@ -95,7 +103,7 @@ def state_of(found: Found, outcome: Outcome | None, *, is_held: Callable[[], boo
     Args:
         found: What its files say.
         outcome: What a study's process last said of it.
-        is_held: Whether a live process holds its directory; only asked where that was said.
+        is_held: Whether a live process holds it; only asked where that was said.
     """
     if outcome is not None and outcome.state == "failed":
         return "failed"  # also where an older result lies there: it was refused
@@ -117,27 +125,27 @@ def is_held(storage: Storage) -> bool:
         return True
 
 
-def outcome_name(run: str) -> str:
-    """Name of a run's outcome, below the study's directory."""
-    return f"outcomes/{run}.json"
-
-
-def read_outcome(storage: Storage, run: str) -> Outcome | None:
-    """What was last said of a run; None before anything was.
+def claim_of(study: Storage, run: str, *, s3: S3Config) -> Storage:
+    """Where a study's processes say what they do with a run; whoever works on the run holds it, from the first moment.
 
     Args:
-        storage: The study's directory.
+        study: The study's directory.
         run: The run's name.
+        s3: How S3 is reached.
     """
+    return open_storage(study.url_of(f"outcomes/{run}"), s3=s3)
+
+
+def read_outcome(claim: Storage) -> Outcome | None:
+    """What was last said of a run; None before anything was."""
     try:
-        return Outcome.model_validate_json(storage.read_bytes(outcome_name(run)))
+        return Outcome.model_validate_json(claim.read_bytes(OUTCOME_NAME))
     except (FileNotFoundError, ValidationError):
         return None
 
 
 def write_outcome(
-    storage: Storage,
-    run: str,
+    claim: Storage,
     *,
     state: Literal["running", "stopped", "failed", "done"],
     seconds_s: float,
@@ -146,7 +154,7 @@ def write_outcome(
     """Say what has become of a run."""
     now = datetime.datetime.now(datetime.UTC)
     outcome = Outcome(state=state, time=now, seconds_s=round(seconds_s, 2), error=error)
-    storage.write_json(outcome_name(run), outcome.model_dump(mode="json"))
+    claim.write_json(OUTCOME_NAME, outcome.model_dump(mode="json"))
 
 
 def read_study(url: str, *, s3: S3Config) -> StudyResult:
@@ -171,8 +179,7 @@ def _now(run: RunResult, *, kind: str, url: str, s3: S3Config, study: Storage) -
     found = Found()
     if storage.find(SPEC_NAME) is not None:
         found = find_run(storage, kind=kind, spec=json.loads(storage.read_bytes(SPEC_NAME)))
-    outcome = read_outcome(study, run.name)
-    return result_of_run(storage, name=run.name, cases=run.cases, found=found, outcome=outcome)
+    return result_of_run(storage, claim_of(study, run.name, s3=s3), name=run.name, cases=run.cases, found=found)
 
 
 def _finite(value: Any) -> Measure | None:
