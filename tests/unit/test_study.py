@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
+from sample_study import NAMES, results_of, write_sample_study, write_tiny_weights
 
 from jobs.cli import main
 from jobs.grid import Study, load_job
@@ -23,55 +23,16 @@ from jobs.study_results import Outcome, StudyResult, read_study, state_of
 from pipeline.config import S3Config
 from pipeline.local_storage import exclusive
 from pipeline.storage import ArtifactError, open_storage
-from tokenization.config import TokenizerConfig, VQConfig
-from tokenization.tokenizer import Tokenizer
-from tokenization.vq import VQNetwork
-from tokenization.weights_file import write_weights
-from training.config import ModelConfig
-from training.tensorar import build_model
-from training.weights import save_model
-
-NETWORK = VQConfig(codebook_size=24, channels=32, channel_multipliers=(1, 1), num_res_blocks=1, z_channels=32)
-NAMES = ["labels=apple,seed=0", "labels=apple,seed=1", "labels=bear,seed=0", "labels=bear,seed=1"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny model of five classes and its tokenizer."""
-    directory = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    write_weights(
-        directory / "tokenizer.safetensors", network=NETWORK, state=dict(VQNetwork(NETWORK).state_dict()), metadata={}
-    )
-    tokenizer = TokenizerConfig(weights=str(directory / "tokenizer.safetensors"), image_size_px=6, batch_size=4)
-    config = ModelConfig(
-        num_layers=1, num_heads=2, model_dim=16, codebook_size=24, codes_per_side=3, num_classes=5, window_size=3
-    )
-    fingerprint = Tokenizer.load(tokenizer).fingerprint
-    weights = build_model(config).state_dict()
-    save_model(directory / "model.safetensors", weights, config=config, fingerprint=fingerprint, step=7)
-    return directory
+    return write_tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
 def spec(tmp_path: Path, weights: Path) -> Path:
-    """A study of four sample runs."""
-    path = tmp_path / "study.yaml"
-    path.write_text(f"""\
-kind: sample
-run_dir: {tmp_path}/study
-weights: {weights}/model.safetensors
-tokenizer: {{weights: {weights}/tokenizer.safetensors, image_size_px: 6, batch_size: 4}}
-num_per_label: 2
-num_strip_images: 0
-device: cpu
-grid:
-  labels:
-    apple: {{labels: [1]}}
-    bear: {{labels: [2]}}
-  seed: [0, 1]
-""")
-    return path
+    return write_sample_study(tmp_path, weights=weights)
 
 
 def study_of(spec: Path, *overrides: str) -> Study:
@@ -82,10 +43,6 @@ def study_of(spec: Path, *overrides: str) -> Study:
 
 def states(result: StudyResult) -> list[str]:
     return [run.state for run in result.runs]
-
-
-def results_of(directory: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(directory.glob("*/samples.json"))}
 
 
 @contextmanager
