@@ -8,6 +8,7 @@ the rest; it is tried again when the study is.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import signal
 import threading
@@ -67,7 +68,7 @@ def run_study(
     storage = _storage(study)
     waiting = list(chosen)
     worker = _Worker(study, storage, fail_fast=fail_fast, progress=progress)
-    with _sigterm_put_back():
+    with _sigterm_put_back(study):
         publish(study, storage, with_report=False)
         while waiting:
             held = [run for run in waiting if not worker.take(run)]
@@ -109,6 +110,7 @@ class _Worker:
     def __init__(self, study: Study, storage: Storage, *, fail_fast: bool, progress: bool) -> None:
         self._study, self._storage = study, storage
         self._fail_fast, self._progress = fail_fast, progress
+        self._began = datetime.datetime.now(datetime.UTC)
 
     def take(self, run: StudyRun) -> bool:
         """Do what is left of a run and say what has become of it; False where another process holds it."""
@@ -125,6 +127,8 @@ class _Worker:
         directory = open_storage(run.spec.run_dir, s3=self._study.s3)
         outcome = read_outcome(claim)
         seconds_s = 0.0 if outcome is None else outcome.seconds_s
+        if outcome is not None and outcome.state == "failed" and outcome.time > self._began:
+            return  # another process has just tried it
         if (outcome is None or outcome.state == "done") and _is_done(run, directory):
             self._attempt(run, claim, seconds_s=seconds_s, is_done=True)
             return
@@ -219,13 +223,15 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 @contextmanager
-def _sigterm_put_back() -> Iterator[None]:
-    """Put the handler of before back at the end."""
+def _sigterm_put_back(study: Study) -> Iterator[None]:
+    """Listen to SIGTERM and name the study that it stops; the handler of before is put back."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if is_main else None
     listen_to_sigterm()
     try:
         yield
+    except RunStoppedError as stopped:
+        raise RunStoppedError(f"study {study.run_dir}: {stopped}") from stopped
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)

@@ -19,7 +19,7 @@ from jobs.grid import Study, load_job
 from jobs.results import Found
 from jobs.run import RunStoppedError, run_spec
 from jobs.study import StudyFailedError, publish, run_study
-from jobs.study_results import Outcome, StudyResult, read_study, state_of
+from jobs.study_results import Outcome, StudyResult, claim_of, read_study, state_of, write_outcome
 from pipeline.config import S3Config
 from pipeline.local_storage import exclusive
 from pipeline.storage import ArtifactError, open_storage
@@ -120,6 +120,27 @@ def test_a_run_that_fails_is_recorded_stops_no_other_and_is_tried_again(spec: Pa
     assert done.items() <= results_of(spec.parent / "study").items()
 
 
+def test_a_run_that_another_process_has_just_seen_fail_is_not_tried_at_once(spec: Path) -> None:
+    study, release = study_of(spec), threading.Event()
+    directory = spec.parent / "study"
+
+    def fail_elsewhere() -> None:
+        while len(results_of(directory)) < 3:
+            time.sleep(0.01)
+        claim = claim_of(open_storage(str(directory)), NAMES[1], s3=S3Config())
+        write_outcome(claim, state="failed", seconds_s=1.0, error="no luck")
+        release.set()
+
+    thread = threading.Thread(target=fail_elsewhere)
+    with held_until(directory / "outcomes" / NAMES[1], release):
+        thread.start()
+        with pytest.raises(StudyFailedError, match="labels=apple,seed=1: no luck"):
+            run_study(study)
+        thread.join()
+    assert not (directory / NAMES[1] / "samples.json").exists()
+    assert states(run_study(study)) == ["done"] * 4
+
+
 def test_fail_fast_stops_at_the_first_failure(spec: Path) -> None:
     spec.write_text(spec.read_text().replace("labels: [1]", "labels: [9]"))
     with pytest.raises(StudyFailedError, match="stopped at the first run that failed, labels=apple,seed=0: sam"):
@@ -171,9 +192,10 @@ def test_sigterm_stops_the_study_and_the_handler_of_before_is_put_back(spec: Pat
     stopper = threading.Thread(target=stop)
     with held_until(directory / NAMES[2], release):
         stopper.start()
-        with pytest.raises(RunStoppedError, match="run it again to go on"):
+        with pytest.raises(RunStoppedError) as caught:
             run_study(study_of(spec))
         stopper.join()
+    assert str(caught.value) == f"study {directory}: SIGTERM: stopped; run it again to go on"
     assert signal.getsignal(signal.SIGTERM) is before
     assert states(run_study(study_of(spec))) == ["done"] * 4
 
