@@ -93,7 +93,19 @@ def loss_chart(curves: Sequence[Curve], *, title: str, limits: tuple[float, floa
         if limits is not None:
             axes.set_ylim(limits)
         figure.legend(handles=_legend(curves), frameon=False, fontsize=9.5, loc="outside lower center", ncols=4)
-        return _inline(_svg(figure), title=title)
+        return inline_svg(figure, title=title)
+
+
+def inline_svg(figure: Figure, *, title: str) -> str:
+    """An inline `<svg>` of a figure that was drawn under `STYLE`; the same figure gives the same text.
+
+    Args:
+        figure: What to show.
+        title: Read out by screen readers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), title=title)
 
 
 def overlay_chart(groups: Mapping[str, Sequence[Curve]], *, title: str) -> str:
@@ -113,7 +125,7 @@ def overlay_chart(groups: Mapping[str, Sequence[Curve]], *, title: str) -> str:
             handles.append(Line2D([], [], linewidth=2.5, label=name, **look))
         _finish(axes)
         figure.legend(handles=handles, frameon=False, fontsize=9.5, loc="outside lower center", ncols=3)
-        return _inline(_svg(figure), title=title)
+        return inline_svg(figure, title=title)
 
 
 def limits_of(curves: Sequence[Curve]) -> tuple[float, float] | None:
@@ -130,12 +142,6 @@ def _finish(axes: Axes) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per code")
     axes.grid(visible=True, color="#8a8f98", alpha=0.25, linewidth=0.7)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
 
 
 def _draw(axes: Axes, curve: Curve) -> None:

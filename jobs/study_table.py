@@ -54,19 +54,25 @@ def columns_of(result: StudyResult) -> list[str]:
 
 
 def summary(measures: list[Measure]) -> str:
-    """Measures of repeated runs in a few characters: `3.621 +- 0.012 (3.61..3.633)`; `-` of none."""
+    """Measures of repeated runs in a few characters: `3.621 +- 0.012 (3.610..3.633)`; `-` of none."""
     values = [measure.value for measure in measures]
     if not values:
         return "-"
+    if len(values) == 1 and measures[0].low is not None and measures[0].high is not None:
+        value, low, high = numbers([values[0], measures[0].low, measures[0].high])
+        return f"{value} [{low}, {high}]"
     if min(values) == max(values):
-        return number(values[0]) + (_interval(measures[0]) if len(values) == 1 else "")
-    mean, sd = statistics.fmean(values), statistics.stdev(values)
-    return f"{number(mean)} +- {sd:.2g} ({number(min(values))}..{number(max(values))})"
+        return numbers(values)[0]
+    sd = statistics.stdev(values)
+    mean, low, high = numbers([statistics.fmean(values), min(values), max(values)])
+    return f"{mean} +- {f'{sd:,.0f}' if sd >= 100 else f'{sd:.2g}'} ({low}..{high})"
 
 
-def number(value: float) -> str:
-    """A number with four significant digits, a whole one with all of its own."""
-    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
+def numbers(values: list[float]) -> list[str]:
+    """Numbers of one cell: whole ones as they are where all are whole, else four significant digits of each."""
+    if all(value == round(value) for value in values):
+        return [f"{value:,.0f}" for value in values]
+    return [f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" for value in values]
 
 
 def markdown(result: StudyResult) -> str:
@@ -101,9 +107,3 @@ def describe(result: StudyResult) -> str:
         f"{count} {state}" for state in ("failed", "running", "stopped", "to do") if (count := result.count(state))
     ]
     return ", ".join([f"{result.count('done')} of {len(result.runs)} runs done", *counts])
-
-
-def _interval(measure: Measure) -> str:
-    if measure.low is None or measure.high is None:
-        return ""
-    return f" [{number(measure.low)}, {number(measure.high)}]"

@@ -46,7 +46,7 @@ def test_a_finished_study_on_s3_is_told_there_and_leaves_no_lock(study: Study, s
     assert [run.state for run in result.runs] == ["done"] * 4
     storage = open_storage(f"{s3_url}/study")
     assert storage.read_bytes("table.md").decode().splitlines()[4:6] == [
-        "| paper | 2 of 2 | 3 +- 0.71 (2.5..3.5) | 2 | 3 | 20 | 5 |",
+        "| paper | 2 of 2 | 3.000 +- 0.71 (2.500..3.500) | 2 | 3 | 20 | 5 |",
         "| full | 2 of 2 | 4 | 2 | 3 | 20 | 5 |",
     ]
     assert storage.read_bytes("report.html").decode().count("<svg") == 2  # no training line, no curve of it

@@ -2,7 +2,7 @@
 
 from jobs.results import Measure
 from jobs.study_results import RunResult, State, StudyResult
-from jobs.study_table import columns_of, describe, lines_of, markdown, number, summary
+from jobs.study_table import columns_of, describe, lines_of, markdown, numbers, summary
 
 
 def run(cases: dict[str, str], *, state: State = "done", **measures: float) -> RunResult:
@@ -40,20 +40,22 @@ def test_a_line_is_a_combination_of_all_axes_but_the_seed() -> None:
 
 def test_over_seeds_a_cell_is_mean_standard_deviation_and_range() -> None:
     # mean 10 / 4 = 2.5; squared distances 2.25 + 0.25 + 0.25 + 2.25 = 5; sd = sqrt(5 / 3) = 1.29
-    assert summary([Measure(value=value) for value in (1.0, 2.0, 3.0, 4.0)]) == "2.5 +- 1.3 (1..4)"
+    assert summary([Measure(value=value) for value in (1.0, 2.0, 3.0, 4.0)]) == "2.500 +- 1.3 (1.000..4.000)"
     assert summary([Measure(value=value) for value in (3.6214, 3.6412)]) == "3.631 +- 0.014 (3.621..3.641)"
 
 
 def test_of_one_run_a_cell_has_the_interval_that_the_run_knows() -> None:
-    assert summary([Measure(value=21.53, low=20.111, high=23.0)]) == "21.53 [20.11, 23]"
+    assert summary([Measure(value=21.53, low=20.111, high=23.0)]) == "21.53 [20.11, 23.00]"
     assert summary([Measure(value=21.53)]) == "21.53"
     assert summary([Measure(value=2.0, low=1.0, high=3.0), Measure(value=4.0)]) == "3 +- 1.4 (2..4)"
     assert summary([Measure(value=250.0), Measure(value=250.0)]) == "250"
     assert summary([]) == "-"
 
 
-def test_whole_numbers_are_written_out() -> None:
-    assert [number(value) for value in (12345.0, 0.012345, -3.0, 1234.56)] == ["12,345", "0.01235", "-3", "1235"]
+def test_whole_numbers_are_written_out_and_others_to_four_digits() -> None:
+    assert numbers([12345.0, -3.0]) == ["12,345", "-3"]
+    assert numbers([0.01236789, -3.0, 1234.56]) == ["0.01237", "-3.000", "1,235"]
+    assert summary([Measure(value=value) for value in (1000.5, 2000.5)]) == "1,500 +- 707 (1,000..2,000)"
 
 
 def test_the_table_is_markdown() -> None:
@@ -68,7 +70,7 @@ def test_the_table_is_markdown() -> None:
         "\n"
         "| recipe | done | loss_0 | steps |\n"
         "| --- | ---: | ---: | ---: |\n"
-        "| a | 2 of 2 | 2 +- 0.71 (1.5..2.5) | 20 |\n"
+        "| a | 2 of 2 | 2.000 +- 0.71 (1.500..2.500) | 20 |\n"
         "| b | 0 of 2 | - | - |\n"
         "\n"
         "mean +- standard deviation (least..most) over the seeds 0, 1\n"
