@@ -16,12 +16,12 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, ValidationError
 
 from jobs.results import Found, Measure, find_run
+from jobs.run import SPEC_NAME
 from pipeline.config import S3Config
 from pipeline.storage import ArtifactError, DirectoryInUseError, Storage, open_storage
 from tokenization.config import Config
 
 STUDY_NAME = "study.json"
-SPEC_NAME = "spec.json"
 OUTCOME_NAME = "outcome.json"
 EndState = Literal["stopped", "failed", "done"]
 State = Literal["to do", "running", "stopped", "failed", "done"]
