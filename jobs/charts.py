@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 SENTINEL = "#010203"
 COLOURS = ("#2f81f7", "#e5812f", "#2ea96b", "#b065e0", "#d64570", "#8a8f98", "#c2a500", "#00a3a3")
 OWN_DRAFTS_COLOUR = 4
+STROKES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 LOOKS: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1.2, "alpha": 0.5},
     "validation": {"linewidth": 2.0, "marker": "o", "markersize": 3.5},
@@ -88,15 +89,43 @@ def loss_chart(curves: Sequence[Curve], *, title: str, limits: tuple[float, floa
         axes = figure.subplots()
         for curve in curves:
             _draw(axes, curve)
-        axes.set_xlabel("step")
-        axes.set_ylabel("cross-entropy, nats per code")
+        _finish(axes)
         if limits is not None:
             axes.set_ylim(limits)
-        axes.grid(visible=True, color="#8a8f98", alpha=0.25, linewidth=0.7)
         figure.legend(handles=_legend(curves), frameon=False, fontsize=9.5, loc="outside lower center", ncols=4)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return inline_svg(figure, title=title)
+
+
+def inline_svg(figure: Figure, *, title: str) -> str:
+    """An inline `<svg>` of a figure that was drawn under `STYLE`; the same figure gives the same text.
+
+    Args:
+        figure: What to show.
+        title: Read out by screen readers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), title=title)
+
+
+def overlay_chart(groups: Mapping[str, Sequence[Curve]], *, title: str) -> str:
+    """An inline `<svg>` of the same curve of several runs: a colour and a stroke for each group, named in the legend.
+
+    Args:
+        groups: Curves by what the legend calls them; those of one group look alike.
+        title: Read out by screen readers.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        axes, handles = figure.subplots(), []
+        for index, (name, curves) in enumerate(groups.items()):
+            look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STROKES[index // len(COLOURS) % len(STROKES)]}
+            for curve in curves:
+                axes.plot(curve.steps, curve.values, linewidth=1.5, alpha=0.85, **look)
+            handles.append(Line2D([], [], linewidth=2.5, label=name, **look))
+        _finish(axes)
+        figure.legend(handles=handles, frameon=False, fontsize=9.5, loc="outside lower center", ncols=3)
+        return inline_svg(figure, title=title)
 
 
 def limits_of(curves: Sequence[Curve]) -> tuple[float, float] | None:
@@ -107,6 +136,12 @@ def limits_of(curves: Sequence[Curve]) -> tuple[float, float] | None:
     low, high = min(values), max(values)
     margin = 0.06 * (high - low or 1.0)
     return low - margin, high + margin
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats per code")
+    axes.grid(visible=True, color="#8a8f98", alpha=0.25, linewidth=0.7)
 
 
 def _draw(axes: Axes, curve: Curve) -> None:

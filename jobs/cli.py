@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
+from jobs.grid import Study, load_job
 from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
@@ -41,6 +42,9 @@ DIRECTORY = click.argument("directory", metavar="DIR")
 ENDPOINT_URL = click.option("--endpoint-url", help="S3-compatible server, where DIR is an s3:// URL.")
 OVERRIDES = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable."
+)
+ONLY = click.option(
+    "--only", "selections", multiple=True, metavar="AXIS=CASE,...", help="Of a study, these runs alone; repeatable."
 )
 DATA_ROOT = click.option(
     "--data", "data_root", default="data", show_default=True, type=click.Path(path_type=Path), help="Corpus, downloads."
@@ -85,11 +89,12 @@ def validate(*, specs: tuple[Path, ...]) -> None:
     problems: list[str] = []
     for path in specs:
         try:
-            spec = load_spec(path)
+            job = load_job(path)
         except SpecError as error:
             problems.extend(error.problems)
         else:
-            click.echo(f"{path}: a valid {spec.kind} spec, run_dir {spec.run_dir}")
+            what = f"study of {len(job.runs)} {job.kind} runs" if isinstance(job, Study) else f"{job.kind} spec"
+            click.echo(f"{path}: a valid {what}, run_dir {job.run_dir}")
     if problems:
         raise SpecError(problems)
 
@@ -97,9 +102,16 @@ def validate(*, specs: tuple[Path, ...]) -> None:
 @main.command()
 @click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
 @OVERRIDES
-def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
-    """Run a spec; running it again resumes it."""
-    spec = load_spec(spec_path, overrides)
+@ONLY
+@click.option("--fail-fast", is_flag=True, help="Stop a study at the first run that fails.")
+def run(*, spec_path: Path, overrides: tuple[str, ...], selections: tuple[str, ...], fail_fast: bool) -> None:
+    """Run a spec, or the study that its grid makes; running it again resumes it."""
+    spec = load_job(spec_path, overrides)
+    if isinstance(spec, Study):
+        _run_study(spec, selections=selections, fail_fast=fail_fast)
+        return
+    if selections or fail_fast:
+        raise SpecError([f"{spec_path}: --only and --fail-fast are for studies, and this spec has no grid; drop them"])
     result = run_spec(spec)
     if spec.kind == "tokenize":
         from pipeline.progress import summary_table  # noqa: PLC0415  (imports numpy)
@@ -111,10 +123,11 @@ def run(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
 @OVERRIDES
+@ONLY
 @click.option("--ranks", type=click.IntRange(min=1), help="World size; default cluster.num_workers.")
-def plan(*, spec_path: Path, overrides: tuple[str, ...], ranks: int | None) -> None:
-    """Estimate what a train spec takes: memory per rank for every ZeRO stage, work per step, disk."""
-    spec = load_spec(spec_path, overrides)
+def plan(*, spec_path: Path, overrides: tuple[str, ...], selections: tuple[str, ...], ranks: int | None) -> None:
+    """Estimate what a train spec, or one run of a study, takes: memory per rank by ZeRO stage, work per step, disk."""
+    spec = _one_run(load_job(spec_path, overrides), spec_path=spec_path, selections=selections)
     if not isinstance(spec, TrainConfig):
         raise SpecError([f"{spec_path}: kind must be train, got {spec.kind!r}"])
     from jobs.plan import plan_summary, plan_table  # noqa: PLC0415  (imports torch)
@@ -173,10 +186,19 @@ def retry_rejects(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
 @DIRECTORY
 @ENDPOINT_URL
 def status(*, directory: str, endpoint_url: str | None) -> None:
-    """Tell how far a tokenize job is: units, samples, rejects, time per stage."""
-    from pipeline.status import read_status, status_table  # noqa: PLC0415  (imports pyarrow)
+    """Tell how far a tokenize job is (units, samples, rejects, time per stage), or a study (the state of its runs)."""
+    s3 = S3Config(endpoint_url=endpoint_url)
+    storage = open_storage(directory, s3=s3)
+    # Both import numpy, the other one pyarrow too.
+    from jobs.study_results import STUDY_NAME, read_study  # noqa: PLC0415
 
-    storage = open_storage(directory, s3=S3Config(endpoint_url=endpoint_url))
+    if storage.find(STUDY_NAME) is not None:
+        from jobs.study_table import runs_table  # noqa: PLC0415
+
+        Console().print(runs_table(read_study(directory, s3=s3)))
+        return
+    from pipeline.status import read_status, status_table  # noqa: PLC0415
+
     Console().print(status_table(read_status(storage), title=str(storage)))
 
 
@@ -244,6 +266,27 @@ def report(*, run_root: Path, data_root: Path) -> None:
 def _command(spec_path: Path | str, overrides: Sequence[str]) -> str:
     """The command line that runs a spec."""
     return shlex.join(["tensorar", "run", str(spec_path), *(word for value in overrides for word in ("--set", value))])
+
+
+def _run_study(study: Study, *, selections: Sequence[str], fail_fast: bool) -> None:
+    # These import matplotlib and numpy.
+    from jobs.study import TABLE_NAME, run_study  # noqa: PLC0415
+    from jobs.study_report import REPORT_NAME  # noqa: PLC0415
+    from jobs.study_table import runs_table  # noqa: PLC0415
+
+    Console().print(runs_table(run_study(study, selections=selections, fail_fast=fail_fast)))
+    click.echo(f"table:  {study.run_dir}/{TABLE_NAME}\nreport: {study.run_dir}/{REPORT_NAME}")
+
+
+def _one_run(job: Spec | Study, *, spec_path: Path, selections: Sequence[str]) -> Spec:
+    """The spec to look at; raises SpecError where a study has several."""
+    if not isinstance(job, Study):
+        return job
+    runs = job.selected(selections)
+    if len(runs) != 1:
+        told = f"one run of the study must be chosen, got {len(runs)}; add --only {job.runs[0].name}"
+        raise SpecError([f"{spec_path}: {told}"])
+    return runs[0].spec
 
 
 def _outcome(spec: Spec, result: Any, *, command: str) -> str:

@@ -31,6 +31,8 @@ KINDS: dict[str, type[Spec]] = {
     "sample": SampleConfig,
 }
 SPECS_DIR = Path(__file__).parent / "specs"
+GRID = "grid"
+"""Top-level field that makes a spec a study of several runs; read by `jobs.grid`."""
 
 
 class SpecError(ValueError):
@@ -51,7 +53,7 @@ _Loader.add_implicit_resolver(
 
 
 @dataclass
-class _Document:
+class Document:
     """Plain data of one spec, where each value came from, and what is wrong with the YAML itself."""
 
     name: str
@@ -87,14 +89,27 @@ def load_spec(path: Path | str, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: the file or an override has problems; it carries all of them, each `file:line: path message`.
     """
+    document = read_document(path, overrides)
+    if GRID in document.data:
+        place = document.place((GRID,))
+        raise SpecError([f"{place}: grid makes a study of several runs, and one run is asked for; name a spec without"])
+    return validated(document)
+
+
+def read_document(path: Path | str, overrides: Sequence[str] = ()) -> Document:
+    """The data of a YAML file, not yet validated, with the overrides laid over it.
+
+    Raises:
+        SpecError: the file cannot be read as a mapping, or an override does not fit.
+    """
     document = _read(Path(path))
     for override in overrides:
         _override(document, override)
-    return _validated(document)
+    return document
 
 
-def _read(path: Path) -> _Document:
-    document = _Document(name=str(path))
+def _read(path: Path) -> Document:
+    document = Document(name=str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -130,7 +145,7 @@ def _syntax_problem(path: Path, error: yaml.YAMLError) -> str:
     return f"{place}: not valid YAML: {problem}; mend the line or the one before it"
 
 
-def _construct(document: _Document, node: yaml.Node, path: KeyPath) -> Any:
+def _construct(document: Document, node: yaml.Node, path: KeyPath) -> Any:
     document.place_of.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(document, node, path)
@@ -139,7 +154,7 @@ def _construct(document: _Document, node: yaml.Node, path: KeyPath) -> Any:
     return _scalar(node)
 
 
-def _construct_mapping(document: _Document, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+def _construct_mapping(document: Document, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -159,32 +174,58 @@ def _scalar(node: yaml.Node) -> Any:
     return _Loader("").construct_object(node, deep=True)
 
 
-def _override(document: _Document, override: str) -> None:
+def _override(document: Document, override: str) -> None:
     place = f"--set {override}"
     name, equals, text = override.partition("=")
-    keys = tuple(name.strip().split("."))
+    keys = field_path(name.strip())
     if not equals or not all(keys):
         raise SpecError([f"{place}: an override must be field=value or group.field=value, got {override!r}"])
     try:
         value = yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except yaml.YAMLError as error:
         raise SpecError([f"{place}: the value must be YAML, got {text!r}; quote it"]) from error
+    lay_value(document, keys, value, place=place)
+
+
+def field_path(name: str) -> KeyPath:
+    """Keys of a dotted field; an axis of a grid, whose name may have dots itself, is one key."""
+    first, dot, rest = name.partition(".")
+    return (first, rest) if first == GRID and dot else tuple(name.split("."))
+
+
+def lay_value(document: Document, keys: KeyPath, value: Any, *, place: str) -> None:
+    """Set one value of a document, whole, and where it came from.
+
+    Raises:
+        SpecError: a field above it holds a value and has no fields.
+    """
     level = document.data
     for depth, key in enumerate(keys[:-1], start=1):
         if key not in level:
             document.place_of[keys[:depth]] = place
-        inner = level.setdefault(key, {})
+        inner = level.setdefault(str(key), {})
         if not isinstance(inner, dict):
-            whole = ".".join(keys[:depth])
+            whole = ".".join(map(str, keys[:depth]))
             raise SpecError([f"{place}: {whole} holds {quoted(inner)} and has no fields; set it as a whole"])
         level = inner
-    level[keys[-1]] = value
+    level[str(keys[-1])] = value
     for known in [path for path in document.place_of if path[: len(keys)] == keys]:
         del document.place_of[known]
     document.place_of[keys] = place
 
 
-def _validated(document: _Document) -> Spec:
+def line_of(problem: str) -> int:
+    """Line that a problem's place names, for sorting; 0 where that is a `--set`."""
+    found = re.match(r"[^ ]*?:(\d+): ", problem)
+    return int(found[1]) if found else 0
+
+
+def validated(document: Document) -> Spec:
+    """The spec that a document holds.
+
+    Raises:
+        SpecError: it has problems; the error carries all of them.
+    """
     kind = document.data.get("kind")
     model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
@@ -206,7 +247,7 @@ def _validated(document: _Document) -> Spec:
     raise SpecError(_told(document, _merged(problems, second)))
 
 
-def _kind_problem(document: _Document) -> str:
+def _kind_problem(document: Document) -> str:
     place, choices = document.place(("kind",)), ", ".join(KINDS)
     if "kind" not in document.data:
         return f"{document.name}:1: kind is required, one of {choices}"
@@ -221,7 +262,7 @@ def _merged(first: list[Problem], second: list[Problem]) -> list[Problem]:
     return kept + [problem for problem in second if (problem.path, problem.message) not in known]
 
 
-def _told(document: _Document, problems: list[Problem]) -> list[str]:
+def _told(document: Document, problems: list[Problem]) -> list[str]:
     told = list(document.problems)
     for problem in problems:
         place = document.place(problem.path[:-1] if problem.is_missing else _mentioned(document, problem))
@@ -230,7 +271,7 @@ def _told(document: _Document, problems: list[Problem]) -> list[str]:
     return [text for _, text in sorted(told, key=lambda pair: pair[0])]
 
 
-def _mentioned(document: _Document, problem: Problem) -> KeyPath:
+def _mentioned(document: Document, problem: Problem) -> KeyPath:
     """Path of the field that a cross-field message begins with, where the spec has it; else the problem's own."""
     words: KeyPath = tuple(problem.message.split(" ", 1)[0].rstrip(":").split("."))
     return words if words in document.place_of else problem.path

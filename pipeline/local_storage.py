@@ -21,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.storage import ArtifactError, Buffer, FileInfo, Storage, StorageFullError, json_bytes
+from pipeline.storage import ArtifactError, Buffer, DirectoryInUseError, FileInfo, Storage, StorageFullError, json_bytes
 
 STAGED_PREFIX = ".staged-"
 HASH_BLOCK_BYTES = 1 << 20
@@ -128,14 +128,14 @@ def exclusive(directory: Path) -> Iterator[None]:
     """Hold `directory/.lock` while the body runs, so that two jobs never write one directory; the kernel frees it.
 
     Raises:
-        ArtifactError: another live process holds it.
+        DirectoryInUseError: another live process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ArtifactError(
+            raise DirectoryInUseError(
                 f"write {directory}: one job at a time may write a directory, and another does; wait for it or stop it"
             ) from error
         yield

@@ -26,6 +26,10 @@ class ArtifactError(RuntimeError):
     """An artifact is missing, damaged, of another make, or cannot be written; the message says what to do."""
 
 
+class DirectoryInUseError(ArtifactError):
+    """Another live process writes the directory; waiting for it may help."""
+
+
 class StorageFullError(ArtifactError):
     """There is no room for another file; nothing else that a job could try will help."""
 
@@ -117,7 +121,7 @@ class Storage(ABC):
         """Return a context that holds the directory's lock, so that two jobs never write it at once.
 
         Raises:
-            ArtifactError: on entry, where another live process holds it.
+            DirectoryInUseError: on entry, where another live process holds it.
         """
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pipeline.s3.requests import S3_ERRORS, S3RefusedError, S3Requests
 from pipeline.s3.upload import put
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, DirectoryInUseError
 
 logger = logging.getLogger(__name__)
 RENEW_S = 10.0
@@ -64,7 +64,8 @@ def hold_lock(requests: S3Requests, key: str) -> Iterator[None]:
     """Hold the lock object `key` while the body runs, renewed by a thread every 10 s; removed at the end if still ours.
 
     Raises:
-        ArtifactError: another live process holds it, or the storage cannot be used.
+        DirectoryInUseError: another live process holds it.
+        ArtifactError: the storage cannot be used.
     """
     lock = S3Lock(requests, key)
     lock.acquire()
@@ -94,7 +95,7 @@ class S3Lock:
         """Make the lock, or take over a stale one.
 
         Raises:
-            ArtifactError: another live process holds it.
+            DirectoryInUseError: another live process holds it.
         """
         for _ in range(MAX_ROUNDS):
             found = self.read()
@@ -110,7 +111,9 @@ class S3Lock:
                 raise self._held(found)
             if self._write(condition) and self._is_settled():
                 return
-        raise ArtifactError(f"lock {self.url}: one job at a time may write here, and several begin; begin one of them")
+        raise DirectoryInUseError(
+            f"lock {self.url}: one job at a time may write here, and several begin; begin one of them"
+        )
 
     def keep(self, done: threading.Event) -> None:
         """Renew the lock until `done` is set or the lock is lost, which is logged as an error."""
@@ -204,9 +207,9 @@ class S3Lock:
         found = self.read()
         return found is not None and found.holder.token == self.holder.token
 
-    def _held(self, found: _Found) -> ArtifactError:
+    def _held(self, found: _Found) -> DirectoryInUseError:
         holder = found.holder
-        return ArtifactError(
+        return DirectoryInUseError(
             f"lock {self.url}: one job at a time may write here, got one of host {holder.host}, pid {holder.pid}, seen "
             f"{max(found.age_s, 0):.0f} s ago; wait for it or stop it (a dead one's lock ends after {STALE_S:.0f} s)"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.demo import STAGES
+from jobs.grid import Study, load_job
 from jobs.spec import SPECS_DIR, load_spec, shipped_spec
 from pipeline.config import TokenizeConfig
 from training.config import SampleConfig, TrainConfig
@@ -13,14 +14,33 @@ SPECS = sorted(SPECS_DIR.glob("*.yaml"))
 
 
 def test_there_is_a_spec_of_every_kind() -> None:
-    assert {load_spec(path).kind for path in SPECS} == {"fit_tokenizer", "tokenize", "train", "sample"}
+    assert {load_job(path).kind for path in SPECS} == {"fit_tokenizer", "tokenize", "train", "sample"}
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_a_shipped_spec_is_valid(path: Path) -> None:
-    spec = load_spec(path)
+    spec = load_job(path)
     assert not Path(spec.run_dir).is_absolute()
     assert path.read_text().startswith("# "), "a spec begins with a line that says what it is for"
+
+
+def test_the_recipes_of_the_study_start_where_the_demos_tensorar_does_and_take_as_many_steps() -> None:
+    demo, study = load_spec(shipped_spec("train_tensorar")), load_job(shipped_spec("study_recipes"))
+    assert isinstance(demo, TrainConfig)
+    assert isinstance(study, Study)
+    assert len(study.runs) == 30
+    for run in study.runs:
+        assert isinstance(run.spec, TrainConfig)
+        changes = {
+            "run_dir": demo.run_dir,
+            "seed": demo.seed,
+            "noise": demo.noise,
+            "model": demo.model,
+            "data": demo.data,
+        }
+        assert run.spec.model_copy(update=changes) == demo
+        assert run.spec.model.model_copy(update={"window_size": 4}) == demo.model
+        assert run.spec.data.model_copy(update={"seed": 1}) == demo.data
 
 
 def test_the_demos_stages_read_what_earlier_stages_wrote() -> None:
