@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "check.h"
-#include "mix_windows.h"
+#include "mix_windows_arguments.h"
 
 namespace tensorar {
 
