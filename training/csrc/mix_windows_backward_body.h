@@ -24,14 +24,13 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   HOST_DEVICE MixWindowsBackwardBody(const MixOnGrid& op, Pair* shared_memory, int64_t block)
       : Base(op, shared_memory, block),
         means(Base::shared + plan.end),
-        shares(means + plan.rows),
-        score_grads(shares + plan.rows * plan.padded_heads) {}
+        pairs(means + plan.rows) {}
 
   template <class BarrierAfter>
   HOST_DEVICE void run(BarrierAfter barrier_after) {
     Base::make_keys(barrier_after);
     const auto read_head = [this](int head, int window, int chunk) { return grad(head, window, chunk); };
-    Base::dot(barrier_after, read_head, score_grads);
+    Base::template dot<CHUNK, 2>(barrier_after, read_head, pairs + 1);
     barrier_after([this](int thread) { softmax_backward(thread); });
     barrier_after([this](int thread) { write_key_grads(thread); });
     Base::fold(barrier_after, plan.rows * plan.slices);
@@ -52,27 +51,28 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
     return read_columns<Access, CHUNK>(from, plan.dim - chunk * CHUNK);
   }
 
-  // The scores' gradients in place of the shares'; both zero where there is no code, window or head.
+  // A row's share for a head, then its score's gradient (before, its share's).
+  HOST_DEVICE float* pair_at(int row, int head) const { return pairs + 2 * (row * plan.padded_heads + head); }
+
+  // Both are zero where there is no code, window or head.
   HOST_DEVICE void softmax_backward(int thread) const {
     for (int item = thread; item < plan.windows * plan.padded_heads; item += THREADS) {
       const int window = item / plan.padded_heads, head = item % plan.padded_heads, first = Base::row_of(window, 0);
       const int64_t m = Base::first_window + window;
-      const bool is_there = m < op.num_windows && head < plan.heads;
-      const float* of_window = op.shares_MNK + (m * plan.heads + head) * plan.offsets;
       float mean = 0;
-      for (int k = 0; k < plan.offsets; ++k) {
-        const bool has_code = is_there && Base::code_of_row(first + k) >= 0;
-        const float share = has_code ? of_window[k] : 0.0f;
-        shares[(first + k) * plan.padded_heads + head] = share;
-        if (has_code) mean = fmaf(share, score_grads[(first + k) * plan.padded_heads + head], mean);
+      for (int k = 0; k < plan.offset_tiles * TILE; ++k) {
+        float* const pair = pair_at(first + k, head);
+        const bool has_code = head < plan.heads && Base::code_of_row(first + k) >= 0;
+        pair[0] = has_code ? op.shares_MNK[(m * plan.heads + head) * plan.offsets + k] : 0.0f;
+        if (!has_code) pair[1] = 0.0f;
+        mean = fmaf(pair[0], pair[1], mean);
       }
       for (int k = 0; k < plan.offset_tiles * TILE; ++k) {
-        const int at = (first + k) * plan.padded_heads + head;
-        const bool has_code = is_there && Base::code_of_row(first + k) >= 0;
-        score_grads[at] = has_code ? shares[at] * (score_grads[at] - mean) : 0.0f;
-        if (!has_code) shares[at] = 0.0f;
+        float* const pair = pair_at(first + k, head);
+        const bool has_code = head < plan.heads && Base::code_of_row(first + k) >= 0;
+        pair[1] = has_code ? pair[0] * (pair[1] - mean) : 0.0f;
         if (m < op.num_windows && k < plan.offsets)
-          op.key_shares_MKN[(m * plan.offsets + k) * plan.padded_heads + head] = score_grads[at] * factors[first + k];
+          op.key_shares_MKN[(m * plan.offsets + k) * plan.padded_heads + head] = pair[1] * factors[first + k];
       }
     }
   }
@@ -81,32 +81,28 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   HOST_DEVICE void write_key_grads(int thread) const {
     Base::sum_tiles(thread, [this](int tile, int chunk, Columns<TILE>& products) {
       Columns<CHUNK> key_grads[TILE] = {};
-      for (int head = 0; head < plan.padded_heads; head += TILE) add_heads(tile, head, chunk, key_grads);
+      for (int head = 0; head < plan.padded_heads; head += 2) add_two_heads(tile, head, chunk, key_grads);
       UNROLLED
       for (int i = 0; i < TILE; ++i) {
-        float* row = Base::row_at(tile * TILE + i, chunk);
-        products.at[i] = add_dot(products.at[i], key_grads[i], read_aligned<CHUNK>(row));
-        write_aligned(row, key_grads[i]);
+        const int row = tile * TILE + i;
+        products.at[i] = add_dot(products.at[i], key_grads[i], Base::template row_at<CHUNK>(row, chunk));
+        Base::set_row_at(row, chunk, key_grads[i]);
       }
     });
   }
 
-  HOST_DEVICE void add_heads(int tile, int head, int chunk, Columns<CHUNK> (&key_grads)[TILE]) const {
-    Columns<TILE> share[TILE], score_grad[TILE];
+  HOST_DEVICE void add_two_heads(int tile, int head, int chunk, Columns<CHUNK> (&key_grads)[TILE]) const {
+    Columns<4> two_pairs[TILE];
     UNROLLED
-    for (int i = 0; i < TILE; ++i) {
-      const int at = (tile * TILE + i) * plan.padded_heads + head;
-      share[i] = read_aligned<TILE>(shares + at);
-      score_grad[i] = read_aligned<TILE>(score_grads + at);
-    }
+    for (int i = 0; i < TILE; ++i) two_pairs[i] = read_aligned<4>(pair_at(tile * TILE + i, head));
     UNROLLED
-    for (int n = 0; n < TILE; ++n) {
+    for (int n = 0; n < 2; ++n) {
       const Columns<CHUNK> of_mixed = grad(head + n, tile / plan.offset_tiles, chunk);
-      const Columns<CHUNK> weight = Base::score_weight(head + n, chunk);
+      const Columns<CHUNK> weight = Base::template score_weight<CHUNK>(head + n, chunk);
       UNROLLED
       for (int i = 0; i < TILE; ++i) {
-        add_product(key_grads[i], share[i].at[n], of_mixed);
-        add_product(key_grads[i], score_grad[i].at[n], weight);
+        add_product(key_grads[i], two_pairs[i].at[2 * n], of_mixed);
+        add_product(key_grads[i], two_pairs[i].at[2 * n + 1], weight);
       }
     }
   }
@@ -118,12 +114,12 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
       const int64_t code = Base::code_of_row(row), m = Base::window_of_row(row);
       Columns<CHUNK> row_grad{};
       if (code >= 0) {
-        row_grad = read_aligned<CHUNK>(Base::row_at(row, chunk));
+        row_grad = Base::template row_at<CHUNK>(row, chunk);
         add_product(row_grad, -means[row], Base::input(code, offset, chunk));
         UNROLLED
         for (int i = 0; i < CHUNK; ++i) row_grad.at[i] *= factors[row];
       }
-      write_aligned(Base::row_at(row, chunk), row_grad);
+      Base::set_row_at(row, chunk, row_grad);
       if (m >= op.num_windows || offset >= plan.offsets) continue;
       float* to = op.row_grads_MKD + (m * plan.offsets + offset) * plan.dim + chunk * CHUNK;
       write_columns<Access>(to, row_grad, plan.dim - chunk * CHUNK);
@@ -137,14 +133,13 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
       const int offset = item / plan.chunks, chunk = item % plan.chunks;
       Columns<CHUNK> sums{};
       for (int window = 0; window < plan.windows; ++window)
-        add(sums, read_aligned<CHUNK>(Base::row_at(Base::row_of(window, offset), chunk)));
+        add(sums, Base::template row_at<CHUNK>(Base::row_of(window, offset), chunk));
       write_columns<Access>(to + int64_t{offset} * plan.dim + chunk * CHUNK, sums, plan.dim - chunk * CHUNK);
     }
   }
 
   float* const means;  // times the square of the factor
-  float* const shares;
-  float* const score_grads;
+  float* const pairs;
 };
 
 // A block's part of the score weight's gradient: score gradients times keys of some windows, a tile of four heads a warp.

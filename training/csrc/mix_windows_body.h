@@ -27,8 +27,10 @@ class MixWindowsBody : public WindowBlock<T, Access> {
   template <class BarrierAfter>
   HOST_DEVICE void run(BarrierAfter barrier_after) {
     Base::make_keys(barrier_after);
-    const auto read_head = [this](int head, int, int chunk) { return Base::score_weight(head, chunk); };
-    Base::dot(barrier_after, read_head, shares);
+    const auto read_head = [this](int head, int, int chunk) {
+      return Base::template score_weight<COLUMNS<float>>(head, chunk);
+    };
+    Base::template dot<COLUMNS<float>, 1>(barrier_after, read_head, shares);
     barrier_after([this](int thread) { softmax(thread); });
     barrier_after([this](int thread) { mix(thread); });
   }
@@ -62,7 +64,7 @@ class MixWindowsBody : public WindowBlock<T, Access> {
       const int window = tile / plan.head_tiles, head = tile % plan.head_tiles * TILE, first = Base::row_of(window, 0);
       Columns<CHUNK> mixed[TILE] = {};
       for (int k = 0; k < plan.offsets; ++k) {
-        const Columns<CHUNK> x = read_aligned<CHUNK>(Base::row_at(first + k, chunk));
+        const Columns<CHUNK> x = Base::template row_at<CHUNK>(first + k, chunk);
         const Columns<TILE> share = read_aligned<TILE>(shares + (first + k) * plan.padded_heads + head);
         UNROLLED
         for (int n = 0; n < TILE; ++n) add_product(mixed[n], share.at[n], x);

@@ -76,7 +76,34 @@ class WindowBlock {
   HOST_DEVICE int64_t window_of_row(int row) const { return first_window + row / (plan.offset_tiles * TILE); }
   HOST_DEVICE int offset_of_row(int row) const { return row % (plan.offset_tiles * TILE); }
   HOST_DEVICE int row_of(int window, int offset) const { return window * plan.offset_tiles * TILE + offset; }
-  HOST_DEVICE float* row_at(int row, int chunk) const { return shared + row * plan.stride + chunk * CHUNK; }
+
+  // Quarters of four columns, every other eight of them swapped in pairs: so no two threads meet in a bank, whether
+  // threads that follow each other read one quarter each or two.
+  HOST_DEVICE float* quarter_at(int row, int quarter) const {
+    return shared + row * plan.stride + 4 * (quarter ^ (quarter >> 3 & 1));
+  }
+
+  template <int COUNT>
+  HOST_DEVICE Columns<COUNT> row_at(int row, int chunk) const {
+    Columns<COUNT> columns;
+    UNROLLED
+    for (int i = 0; i < COUNT / 4; ++i) {
+      const Columns<4> quarter = read_aligned<4>(quarter_at(row, chunk * (COUNT / 4) + i));
+      UNROLLED
+      for (int j = 0; j < 4; ++j) columns.at[4 * i + j] = quarter.at[j];
+    }
+    return columns;
+  }
+
+  HOST_DEVICE void set_row_at(int row, int chunk, const Columns<CHUNK>& columns) const {
+    UNROLLED
+    for (int i = 0; i < CHUNK / 4; ++i) {
+      Columns<4> quarter;
+      UNROLLED
+      for (int j = 0; j < 4; ++j) quarter.at[j] = columns.at[4 * i + j];
+      write_aligned(quarter_at(row, chunk * (CHUNK / 4) + i), quarter);
+    }
+  }
 
   // -1 where nothing is attended to.
   HOST_DEVICE int64_t code_of_row(int row) const {
@@ -102,9 +129,10 @@ class WindowBlock {
     return x;
   }
 
-  HOST_DEVICE Columns<CHUNK> score_weight(int head, int chunk) const {
-    const int column = chunk * CHUNK, row = head < plan.heads ? head : plan.heads - 1;
-    return read_columns<Access, CHUNK>(op.score_weight_ND + int64_t{row} * plan.dim + column, plan.dim - column);
+  template <int COUNT>
+  HOST_DEVICE Columns<COUNT> score_weight(int head, int chunk) const {
+    const int column = chunk * COUNT, row = head < plan.heads ? head : plan.heads - 1;
+    return read_columns<Access, COUNT>(op.score_weight_ND + int64_t{row} * plan.dim + column, plan.dim - column);
   }
 
   // Rows and their factors, in four phases.
@@ -118,17 +146,18 @@ class WindowBlock {
     });
   }
 
-  // dots[row * padded_heads + head]: a row's key times read_head(head, window of the block, chunk).
-  template <class BarrierAfter, class ReadHead>
+  // dots[(row * padded_heads + head) * STRIDE]: a row's key times read_head(head, window of the block, chunk of COUNT).
+  template <int COUNT, int STRIDE, class BarrierAfter, class ReadHead>
   HOST_DEVICE void dot(BarrierAfter barrier_after, ReadHead read_head, float* dots) {
     for (int first = 0; first < plan.tiles * plan.head_tiles; first += WARPS) {
-      barrier_after([this, first, read_head](int thread) { dot_tile(first, thread, read_head); });
+      barrier_after([this, first, read_head](int thread) { dot_tile<COUNT>(first, thread, read_head); });
       fold(barrier_after, DOTS);
       barrier_after([this, first, dots](int thread) {
         const int task = first + thread / (TILE * TILE), i = thread % TILE, n = thread / TILE % TILE;
         if (thread >= DOTS || task >= plan.tiles * plan.head_tiles) return;
         const int row = task % plan.tiles * TILE + i;
-        dots[row * plan.padded_heads + task / plan.tiles * TILE + n] = folded(thread) * factors[row];
+        const int head = task / plan.tiles * TILE + n;
+        dots[(row * plan.padded_heads + head) * STRIDE] = folded(thread) * factors[row];
       });
     }
   }
@@ -185,26 +214,26 @@ class WindowBlock {
       for (int i = 0; i < TILE; ++i) {
         const int row = tile * TILE + i;
         const Columns<CHUNK> x = input(code_of_row(row), offset_of_row(row), chunk);
-        write_aligned(row_at(row, chunk), x);
+        set_row_at(row, chunk, x);
         squares.at[i] = add_dot(squares.at[i], x, x);
       }
     });
   }
 
   // A warp's partial dot products of four heads and four rows of a window.
-  template <class ReadHead>
+  template <int COUNT, class ReadHead>
   HOST_DEVICE void dot_tile(int first, int thread, ReadHead read_head) const {
     const int warp = thread / WARP, lane = thread % WARP, task = first + warp;
     if (task >= plan.tiles * plan.head_tiles) return;
     const int tile = task % plan.tiles, head = task / plan.tiles * TILE, window = tile / plan.offset_tiles;
     Columns<TILE> sums[TILE] = {};
-    for (int chunk = lane; chunk < plan.chunks; chunk += WARP) {
-      Columns<CHUNK> rows[TILE];
+    for (int chunk = lane; chunk < plan.stride / COUNT; chunk += WARP) {
+      Columns<COUNT> rows[TILE];
       UNROLLED
-      for (int i = 0; i < TILE; ++i) rows[i] = read_aligned<CHUNK>(row_at(tile * TILE + i, chunk));
+      for (int i = 0; i < TILE; ++i) rows[i] = row_at<COUNT>(tile * TILE + i, chunk);
       UNROLLED
       for (int n = 0; n < TILE; ++n) {
-        const Columns<CHUNK> of_head = read_head(head + n, window, chunk);
+        const Columns<COUNT> of_head = read_head(head + n, window, chunk);
         UNROLLED
         for (int i = 0; i < TILE; ++i) sums[n].at[i] = add_dot(sums[n].at[i], of_head, rows[i]);
       }
