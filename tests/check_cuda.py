@@ -1,8 +1,9 @@
 """Compiles every CUDA kernel for every architecture and checks what came out; needs no GPU: `make check-cuda`.
 
-A kernel that spills registers or keeps a stack frame, or that has no load or no store of 16 bytes, is an error. What
-it uses is printed and kept in build/check-cuda/resources.json. Widths are read from the machine code where cuobjdump
-and nvdisasm are on PATH (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), else from PTX.
+A kernel that spills registers or keeps a stack frame, or that has no load or no store of 16 bytes, is an error; those for
+`Unaligned` rows go number by number and are held to the registers only. What a kernel uses is printed and kept in
+build/check-cuda/resources.json. Widths are read from the machine code where cuobjdump and nvdisasm are on PATH (pip
+install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), else from PTX.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def check_source(source: Path) -> list[dict[str, Any]]:
 def faults(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel."""
     wrong = [f"{name} must be 0, got {kernel[name]}" for name in ("stack", "spilled") if kernel[name] != 0]
-    widths = [("loads", kernel["loads"]), ("stores", kernel["stores"])]
+    is_unaligned = "9UnalignedE" in kernel["kernel"]
+    widths = [] if is_unaligned else [("loads", kernel["loads"]), ("stores", kernel["stores"])]
     return wrong + [
         f"some global {name} must be 16 bytes wide, got {found}" for name, found in widths if 16 not in found
     ]

@@ -96,12 +96,16 @@ def brute_force(given: Inputs) -> list[Array]:
 
 SHAPES = [
     dict(windows=1, size=1, heads=1, dim=16, codebook_size=1),
-    dict(windows=37, size=5, heads=3, dim=24, codebook_size=50),  # offsets that fill no tile, a last block of one window
+    dict(
+        windows=37, size=5, heads=3, dim=24, codebook_size=50
+    ),  # offsets that fill no tile, a last block of one window
     dict(windows=21, size=3, heads=5, dim=20, codebook_size=9),  # rows of bfloat16 that start on no 16 bytes
     dict(windows=6, size=2, heads=2, dim=7, codebook_size=5),  # rows that end within a load
     dict(windows=33, size=8, heads=7, dim=112, codebook_size=90),
     dict(windows=150, size=4, heads=4, dim=64, codebook_size=20),  # more parts than stripes
-    dict(windows=7, size=9, heads=33, dim=48, codebook_size=8),  # more heads than a block of the score weight's gradient
+    dict(
+        windows=7, size=9, heads=33, dim=48, codebook_size=8
+    ),  # more heads than a block of the score weight's gradient
     dict(windows=5, size=4, heads=2, dim=768, codebook_size=6),  # four windows a block
     dict(windows=5, size=4, heads=2, dim=1280, codebook_size=6),  # two
     dict(windows=3, size=4, heads=1, dim=3200, codebook_size=6),  # one
@@ -155,7 +159,7 @@ def test_the_cpus_own_kernel_computes_the_same() -> None:
     mixed, shares = torch.ops.tensorar.mix_windows(*given.tensors)
     torch.ops.tensorar.mix_windows_backward(given.grad, shares, *given.tensors, *sums)
     for native, body in zip([mixed, shares, *sums], run(given), strict=True):
-        torch.testing.assert_close(body, native, rtol=1e-5, atol=1e-5)
+        assert (body - native).abs().max() <= 2 * BOUNDS[torch.float32] * native.abs().max()
 
 
 def test_a_window_of_no_code_gives_zeros_and_takes_no_gradient() -> None:
