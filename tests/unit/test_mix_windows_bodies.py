@@ -42,9 +42,8 @@ class Inputs:
         return self.codes, self.table, self.offsets, self.score_weight
 
 
-def inputs(
-    *, windows: int, size: int, heads: int, dim: int, codebook_size: int, dtype: torch.dtype = torch.float32
-) -> Inputs:
+def inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32) -> Inputs:
+    windows, size, heads, dim, codebook_size = shape
     torch.manual_seed(windows + size + dim)
     codes = torch.randint(codebook_size, (windows, size))
     codes[::3, 1 + size // 2 :] = -1
@@ -94,29 +93,27 @@ def brute_force(given: Inputs) -> list[Array]:
     return [mixed, shares, *sums]
 
 
-SHAPES = [
-    dict(windows=1, size=1, heads=1, dim=16, codebook_size=1),
-    dict(
-        windows=37, size=5, heads=3, dim=24, codebook_size=50
-    ),  # offsets that fill no tile, a last block of one window
-    dict(windows=21, size=3, heads=5, dim=20, codebook_size=9),  # rows of bfloat16 that start on no 16 bytes
-    dict(windows=6, size=2, heads=2, dim=7, codebook_size=5),  # rows that end within a load
-    dict(windows=33, size=8, heads=7, dim=112, codebook_size=90),
-    dict(windows=150, size=4, heads=4, dim=64, codebook_size=20),  # more parts than stripes
-    dict(
-        windows=7, size=9, heads=33, dim=48, codebook_size=8
-    ),  # more heads than a block of the score weight's gradient
-    dict(windows=5, size=4, heads=2, dim=768, codebook_size=6),  # four windows a block
-    dict(windows=5, size=4, heads=2, dim=1280, codebook_size=6),  # two
-    dict(windows=3, size=4, heads=1, dim=3200, codebook_size=6),  # one
-    dict(windows=2, size=70, heads=1, dim=264, codebook_size=90),  # more row sums than dot products
+SHAPES = [  # windows, window_size, heads, dim, codebook_size
+    (1, 1, 1, 16, 1),
+    (37, 5, 3, 24, 50),  # offsets that fill no tile, a last block of one window
+    (21, 3, 5, 20, 9),  # rows of bfloat16 that start on no 16 bytes
+    (6, 2, 2, 7, 5),  # rows that end within a load
+    (33, 8, 7, 112, 90),
+    (150, 4, 4, 64, 20),  # more parts than stripes
+    (7, 9, 33, 48, 8),  # more heads than a block of the score weight's gradient
+    (5, 4, 2, 768, 6),  # four windows a block
+    (5, 4, 2, 1280, 6),  # two
+    (3, 4, 1, 3200, 6),  # one
+    (2, 70, 1, 264, 90),  # more sums over rows than dot products
 ]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_those_of_the_formulas_in_float64(shape: dict[str, int], dtype: torch.dtype) -> None:
-    given = inputs(**shape, dtype=dtype)
+def test_values_and_gradients_are_those_of_the_formulas_in_float64(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
+    given = inputs(shape, dtype)
     for index, (actual, wanted) in enumerate(zip(run(given), brute_force(given), strict=True)):
         bound = BOUNDS[dtype] if index == 0 else BOUNDS[torch.float32]
         assert np.abs(actual.double().numpy() - wanted).max() <= bound * np.abs(wanted).max(), index
@@ -124,8 +121,10 @@ def test_values_and_gradients_are_those_of_the_formulas_in_float64(shape: dict[s
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[7]])
-def test_blocks_and_threads_in_any_order_give_the_same_bits(shape: dict[str, int], dtype: torch.dtype) -> None:
-    given = inputs(**shape, dtype=dtype)
+def test_blocks_and_threads_in_any_order_give_the_same_bits(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> None:
+    given = inputs(shape, dtype)
     ascending = run(given)
     for seed in (1, 2):
         assert all(torch.equal(a, b) for a, b in zip(ascending, run(given, seed=seed), strict=True))
@@ -133,7 +132,7 @@ def test_blocks_and_threads_in_any_order_give_the_same_bits(shape: dict[str, int
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_slices_that_start_on_no_16_bytes_give_the_bits_of_those_that_do(dtype: torch.dtype) -> None:
-    given = inputs(windows=37, size=4, heads=3, dim=64, codebook_size=50, dtype=dtype)
+    given = inputs((37, 4, 3, 64, 50), dtype)
 
     def shifted(tensor: Tensor) -> Tensor:
         return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
@@ -145,7 +144,7 @@ def test_slices_that_start_on_no_16_bytes_give_the_bits_of_those_that_do(dtype: 
 
 
 def test_a_window_gives_the_same_bits_alone_and_among_others() -> None:
-    given = inputs(windows=9, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((9, 4, 3, 64, 50))
     together, _ = torch.ops.tensorar_mix_bodies.mix_windows(*given.tensors, 0)
     for m in range(9):
         alone, _ = torch.ops.tensorar_mix_bodies.mix_windows(given.codes[m : m + 1], *given.tensors[1:], 0)
@@ -154,7 +153,7 @@ def test_a_window_gives_the_same_bits_alone_and_among_others() -> None:
 
 def test_the_cpus_own_kernel_computes_the_same() -> None:
     load_ops()
-    given = inputs(windows=150, size=4, heads=6, dim=48, codebook_size=30)
+    given = inputs((150, 4, 6, 48, 30))
     sums = [torch.ones_like(weight) for weight in given.tensors[1:]]
     mixed, shares = torch.ops.tensorar.mix_windows(*given.tensors)
     torch.ops.tensorar.mix_windows_backward(given.grad, shares, *given.tensors, *sums)
@@ -163,7 +162,7 @@ def test_the_cpus_own_kernel_computes_the_same() -> None:
 
 
 def test_a_window_of_no_code_gives_zeros_and_takes_no_gradient() -> None:
-    given = inputs(windows=10, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((10, 4, 3, 64, 50))
     given.codes[3] = given.codes[9] = -1
     given.grad[3] = float("inf")
     mixed, shares, *sums = run(given)
@@ -175,7 +174,7 @@ def test_a_window_of_no_code_gives_zeros_and_takes_no_gradient() -> None:
 
 
 def test_what_is_not_attended_to_is_not_read() -> None:
-    given = inputs(windows=10, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((10, 4, 3, 64, 50))
     given.codes[given.codes == 0] = 1
     want = run(given)
     given.table[0] = float("nan")
@@ -183,7 +182,7 @@ def test_what_is_not_attended_to_is_not_read() -> None:
 
 
 def test_a_number_that_is_none_is_not_hidden() -> None:
-    given = inputs(windows=2, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((2, 4, 3, 64, 50))
     given.codes[1] = torch.tensor([3, 4, 5, 6])
     given.table[4] = float("nan")
     mixed, shares, *_ = run(given)
@@ -192,14 +191,14 @@ def test_a_number_that_is_none_is_not_hidden() -> None:
 
 
 def test_no_window_is_no_work() -> None:
-    given = inputs(windows=0, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((0, 4, 3, 64, 50))
     mixed, shares, *sums = run(given)
     assert (mixed.shape, shares.shape) == ((0, 3, 64), (0, 3, 4))
     assert all(bool((total == 1).all()) for total in sums)
 
 
 def test_a_code_beyond_the_table_is_refused() -> None:
-    given = inputs(windows=2, size=4, heads=3, dim=64, codebook_size=50)
+    given = inputs((2, 4, 3, 64, 50))
     given.codes[1, 0] = 50
     with pytest.raises(RuntimeError, match=r"codes must be below the table's 50 rows, got 50"):
         run(given)

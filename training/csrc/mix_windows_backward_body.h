@@ -15,6 +15,7 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
 
  public:
   using Base::THREADS;
+  static constexpr int BLOCKS_AT_ONCE = 2;
 
   static HOST_DEVICE int shared_pairs(const MixOnGrid& op) {
     const Plan plan(op);
@@ -146,7 +147,7 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
 template <class T, class Access>
 class ScoreWeightGradBody {
  public:
-  static constexpr int THREADS = 256, WINDOWS = 16;
+  static constexpr int THREADS = 256, BLOCKS_AT_ONCE = 2, WINDOWS = 16;
 
   static HOST_DEVICE int64_t num_groups(const MixOnGrid& op) { return (op.num_windows + WINDOWS - 1) / WINDOWS; }
   static HOST_DEVICE int64_t num_blocks(const MixOnGrid& op) {

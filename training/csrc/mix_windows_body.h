@@ -15,6 +15,7 @@ class MixWindowsBody : public WindowBlock<T, Access> {
 
  public:
   using Base::THREADS;
+  static constexpr int BLOCKS_AT_ONCE = 3;
 
   static HOST_DEVICE int shared_pairs(const MixOnGrid& op) {
     const Plan plan(op);

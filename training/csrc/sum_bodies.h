@@ -15,7 +15,7 @@ struct SumParts {
 template <class Access>
 class SumPartsBody {
  public:
-  static constexpr int THREADS = 256;
+  static constexpr int THREADS = 256, BLOCKS_AT_ONCE = 4;
 
   static HOST_DEVICE int64_t num_blocks(const SumParts& sum) {
     return (sum.num_elements + CHUNKS * CHUNK - 1) / (CHUNKS * CHUNK);
@@ -77,7 +77,7 @@ struct AddRows {
 template <class Access>
 class AddRowsBody {
  public:
-  static constexpr int THREADS = 256;
+  static constexpr int THREADS = 256, BLOCKS_AT_ONCE = 4;
 
   static HOST_DEVICE int64_t num_blocks(const AddRows& op) { return op.num_rows; }
   static HOST_DEVICE int shared_pairs(const AddRows&) { return 0; }
