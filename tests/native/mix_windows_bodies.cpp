@@ -42,17 +42,29 @@ void mix_windows_backward(const Tensor& grad, const Tensor& shares, const Tensor
                                  score_weight_grad);
 }
 
+int64_t shared_bytes(const Tensor& codes, const Tensor& table, const Tensor& offsets, const Tensor& score_weight) {
+  const auto [mixed, shares] = new_results(codes, table, offsets, score_weight);
+  MixOnGrid op{checked_mix(codes, table, offsets, score_weight, mixed, shares)};
+  op.windows_per_block = windows_per_block(op);
+  int64_t pairs = 0;
+  with_body<MixWindowsBody>(op, [&]<class Body>() { pairs = Body::shared_pairs(op); });
+  with_body<MixWindowsBackwardBody>(op, [&]<class Body>() { pairs = std::max<int64_t>(pairs, Body::shared_pairs(op)); });
+  return pairs * int64_t{sizeof(Pair)};
+}
+
 STABLE_TORCH_LIBRARY(tensorar_mix_bodies, library) {
   library.def(
       "mix_windows(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, int seed) -> (Tensor, Tensor)");
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
       "Tensor(a!) table_grad, Tensor(b!) offset_grads, Tensor(c!) score_weight_grad, int seed) -> ()");
+  library.def("shared_bytes(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tensorar_mix_bodies, CPU, library) {
   library.impl("mix_windows", TORCH_BOX(&mix_windows));
   library.impl("mix_windows_backward", TORCH_BOX(&mix_windows_backward));
+  library.impl("shared_bytes", TORCH_BOX(&shared_bytes));
 }
 
 }  // namespace

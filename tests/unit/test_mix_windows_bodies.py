@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from training.build_ops import build_library
+from training.config import ModelConfig
 from training.ops import load_ops
 
 BODIES = Path(__file__).parents[1] / "native" / "mix_windows_bodies.cpp"
@@ -202,3 +204,23 @@ def test_a_code_beyond_the_table_is_refused() -> None:
     given.codes[1, 0] = 50
     with pytest.raises(RuntimeError, match=r"codes must be below the table's 50 rows, got 50"):
         run(given)
+
+
+@pytest.mark.parametrize(
+    ("size", "window_size", "num_bytes"),
+    [  # the first by hand: 16 rows of 768, 128 sums of 36 partials, 2 numbers a row, 2 a row and head of 12
+        ("B", 4, 4 * (16 * 768 + 128 * 36 + 2 * 16 + 2 * 16 * 12)),
+        ("L", 4, 86_144),
+        ("XL", 4, 60_736),
+        ("XXL", 4, 69_184),
+        ("3B", 4, 70_688),
+        ("3B", 8, 122_944),
+    ],
+)
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_a_block_of_every_size_fits_the_shared_memory_of_a_device(
+    size: Any, window_size: int, num_bytes: int, dtype: torch.dtype
+) -> None:
+    config = ModelConfig(size=size, window_size=window_size)
+    given = inputs((1, window_size, config.heads, config.dim, 1), dtype)
+    assert torch.ops.tensorar_mix_bodies.shared_bytes(*given.tensors) == num_bytes <= 163 * 1024  # of compute 8.0
