@@ -1,8 +1,9 @@
 """Compiles every CUDA kernel for every architecture and checks what came out; needs no GPU: `make check-cuda`.
 
-A kernel that spills registers or keeps a stack frame, or that has no load or no store of 16 bytes, is an error. What
-it uses is printed and kept in build/check-cuda/resources.json. Widths are read from the machine code where cuobjdump
-and nvdisasm are on PATH (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), else from PTX.
+A kernel that spills registers or keeps a stack frame, or that has no load or no store of 16 bytes, is an error; those
+for `Unaligned` rows go number by number and are held to the registers only. What a kernel uses is printed and kept in
+build/check-cuda/resources.json. Widths are read from the machine code where cuobjdump and nvdisasm are on PATH (pip
+install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm), else from PTX.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def check_source(source: Path) -> list[dict[str, Any]]:
 def faults(kernel: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel."""
     wrong = [f"{name} must be 0, got {kernel[name]}" for name in ("stack", "spilled") if kernel[name] != 0]
-    widths = [("loads", kernel["loads"]), ("stores", kernel["stores"])]
+    is_unaligned = "9UnalignedE" in kernel["kernel"]
+    widths = [] if is_unaligned else [("loads", kernel["loads"]), ("stores", kernel["stores"])]
     return wrong + [
         f"some global {name} must be 16 bytes wide, got {found}" for name, found in widths if 16 not in found
     ]
@@ -74,15 +76,15 @@ def resources_of(said: str, *, name: str, sm: int) -> dict[str, int]:
 
 
 def widths_of(directory: Path, target: Path, *, sm: int) -> dict[str, dict[str, Any]]:
-    """Per kernel, how many instructions load and store global memory, by their bytes."""
+    """Per kernel, how many instructions load and store global memory and load from shared memory, by their bytes."""
     if shutil.which("cuobjdump") and shutil.which("nvdisasm"):
         code = run_compiler(["cuobjdump", "-sass", f"-arch=sm_{sm}", str(target)])
         found, read_from, width = r"Function : (\S+)(.*?)(?=Function : |\Z)", "SASS", _sass_bytes
-        patterns = {"loads": r"\bLDG\S*", "stores": r"\bSTG\S*"}
+        patterns = {"loads": r"\bLDG\S*", "stores": r"\bSTG\S*", "shared_loads": r"\bLDS\S*"}
     else:
         code = next(directory.glob(f"*compute_{sm}*.ptx")).read_text()
         found, read_from, width = r"\.entry (\w+)\((.*?)^}", "PTX", _ptx_bytes
-        patterns = {"loads": r"\bld\.global\S*", "stores": r"\bst\.global\S*"}
+        patterns = {"loads": r"\bld\.global\S*", "stores": r"\bst\.global\S*", "shared_loads": r"\bld\.shared\S*"}
     return {
         name: {key: dict(Counter(map(width, re.findall(pattern, body)))) for key, pattern in patterns.items()}
         | {"read_from": read_from}

@@ -95,7 +95,8 @@ def attend_windows(
 
     Raises:
         NativeOpError: the library cannot be used.
-        RuntimeError: an argument has another shape or dtype, or a code is beyond the table (on a CPU).
+        RuntimeError: an argument has another shape or dtype, a code is beyond the table (on CUDA: a kernel stops, and
+            the context with it), or the keys of a window do not fit a block's shared memory (on CUDA).
     """
     load_ops()
     attended_MD: Tensor = torch.ops.tensorar.attend_windows(
@@ -176,8 +177,8 @@ _attend.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def _kernels(device: torch.device) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
-    """What mixes some windows and takes their gradient back: ours on a CPU, torch's own kernels on a GPU."""
-    if device.type == "cpu":
+    """What mixes some windows and takes their gradient back: ours on a CPU and on CUDA, else torch's own kernels."""
+    if device.type in ("cpu", "cuda"):
         return torch.ops.tensorar.mix_windows, torch.ops.tensorar.mix_windows_backward
     return mix_by_torch, mix_backward_by_torch
 
@@ -200,7 +201,7 @@ def mix_backward_by_torch(
     offset_grads_KD: Tensor,
     score_weight_grad_ND: Tensor,
 ) -> None:
-    """Adds to the last three; a row's gradients are sorted by torch, so that their sum has one order on a GPU too."""
+    """Adds to the last three; a row's gradients are sorted by torch, so that their sum has one order on any device."""
     rows = torch.nn.functional.embedding(codes_MK.clamp(min=0), table_VD).float().flatten(0, 1)
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (rows, offsets_KD, score_weight_ND)]

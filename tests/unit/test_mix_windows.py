@@ -110,7 +110,7 @@ def test_the_gradients_have_the_same_bits_on_any_number_of_threads(dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torchs_own_kernels_which_a_gpu_runs_add_the_same_gradients(dtype: torch.dtype) -> None:
+def test_torchs_own_kernels_add_the_same_gradients(dtype: torch.dtype) -> None:
     load_ops()
     codes, weights = _inputs(SHAPES[1], dtype)
     small = [weights[0], weights[1].float(), weights[2].float()]

@@ -2,6 +2,7 @@
 // Numbers are read and written as float or bfloat16 (round to nearest, ties to even); arithmetic is in float.
 #pragma once
 
+#include "bfloat16.h"
 #include "lanes.h"
 
 namespace tensorar {
@@ -12,10 +13,6 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef float FloatsInMemory __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t WideBits __attribute__((vector_size(64)));
 typedef uint16_t Bits __attribute__((vector_size(32)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 HOST_DEVICE Floats read(const float* from) { return *reinterpret_cast<const FloatsInMemory*>(from); }
 

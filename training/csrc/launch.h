@@ -1,8 +1,9 @@
 // How the body of a CUDA kernel is run: by a CUDA grid, or block by block on the CPU, where tests read its results.
 //
-// A body is a struct with THREADS, a constructor (arguments, shared memory, block index), and run(barrier_after), which
-// hands over one phase after the other, each a function of the thread: all threads of a block end a phase before one
-// begins the next.
+// A body is a struct with THREADS, BLOCKS_AT_ONCE (that a multiprocessor should hold, which bounds a thread's registers),
+// num_blocks and shared_pairs (of the arguments), a constructor (arguments, shared memory, block index), and
+// run(barrier_after), which hands over one phase after the other, each a function of the thread: all threads of a block
+// end a phase before one begins the next.
 #pragma once
 
 #include "lanes.h"
@@ -27,7 +28,7 @@ struct Divisor {
 #if defined(__CUDACC__)
 
 template <class Body, class Arguments>
-__global__ void __launch_bounds__(Body::THREADS) run_on_grid(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS_AT_ONCE) run_on_grid(const __grid_constant__ Arguments arguments) {
   extern __shared__ Pair shared_memory[];
   Body(arguments, shared_memory, blockIdx.x).run([](auto phase) {
     phase(threadIdx.x);

@@ -6,16 +6,16 @@
 namespace tensorar {
 
 FOR_EACH_INSTRUCTION_SET(
-    void mix_some(const MixWindows& op, int64_t first, int64_t last, float* scratch);
-    void mix_some_backward(const MixWindows& op, int64_t first, int64_t last, float* row_grads, float* offset_grads,
+    void mix_some(const MixInBlocks& op, int64_t first, int64_t last, float* scratch);
+    void mix_some_backward(const MixInBlocks& op, int64_t first, int64_t last, float* row_grads, float* offset_grads,
                            float* score_weight_grad, float* scratch);
-    void add_rows(const MixWindows& op, const float* row_grads, int64_t first, int64_t last, int64_t part, int64_t parts);)
+    void add_rows(const MixInBlocks& op, const float* row_grads, int64_t first, int64_t last, int64_t part, int64_t parts);)
 
-void INSTRUCTION_SET::mix_some(const MixWindows& op, int64_t first, int64_t last, float* scratch) {
+void INSTRUCTION_SET::mix_some(const MixInBlocks& op, int64_t first, int64_t last, float* scratch) {
   op.is_bfloat16 ? mix_block<BFloat16>(op, first, last, scratch) : mix_block<float>(op, first, last, scratch);
 }
 
-void INSTRUCTION_SET::mix_some_backward(const MixWindows& op, int64_t first, int64_t last, float* row_grads,
+void INSTRUCTION_SET::mix_some_backward(const MixInBlocks& op, int64_t first, int64_t last, float* row_grads,
                                         float* offset_grads, float* score_weight_grad, float* scratch) {
   if (op.is_bfloat16)
     mix_block_backward<BFloat16>(op, first, last, row_grads, offset_grads, score_weight_grad, scratch);
@@ -23,7 +23,7 @@ void INSTRUCTION_SET::mix_some_backward(const MixWindows& op, int64_t first, int
     mix_block_backward<float>(op, first, last, row_grads, offset_grads, score_weight_grad, scratch);
 }
 
-void INSTRUCTION_SET::add_rows(const MixWindows& op, const float* row_grads, int64_t first, int64_t last, int64_t part,
+void INSTRUCTION_SET::add_rows(const MixInBlocks& op, const float* row_grads, int64_t first, int64_t last, int64_t part,
                                int64_t parts) {
   add_part_of_rows(op, row_grads, first, last, part, parts);
 }
@@ -68,7 +68,7 @@ void add_unpadded(const float* from, int64_t padded, const Tensor& to) {
     for (int64_t d = 0; d < columns; ++d) sums[i * columns + d] += from[i * padded + d];
 }
 
-void check_codes(const MixWindows& op) {
+void check_codes(const MixInBlocks& op) {
   const int64_t* end = op.codes_MK + op.num_windows * op.window_size;
   const int64_t largest = op.num_windows == 0 ? 0 : *std::max_element(op.codes_MK, end);
   check(largest < op.codebook_size, "mix_windows: codes must be below the table's ", op.codebook_size, " rows, got ", largest);
@@ -79,7 +79,7 @@ int64_t num_blocks(int64_t windows) { return (windows + BLOCK_WINDOWS - 1) / BLO
 std::tuple<Tensor, Tensor> mix_windows_cpu(const Tensor& codes, const Tensor& table, const Tensor& offsets,
                                            const Tensor& score_weight) {
   const auto [mixed, shares] = new_results(codes, table, offsets, score_weight);
-  MixWindows op = checked_mix(codes, table, offsets, score_weight, mixed, shares);
+  MixInBlocks op{checked_mix(codes, table, offsets, score_weight, mixed, shares), false};
   check_codes(op);
   const std::vector<float> offsets_KD = padded_rows(offsets, op.padded()), weight_ND = padded_rows(score_weight, op.padded());
   op.offsets_KD = offsets_KD.data(), op.score_weight_ND = weight_ND.data();
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> mix_windows_cpu(const Tensor& codes, const Tensor& ta
 void mix_windows_backward_cpu(const Tensor& grad, const Tensor& shares, const Tensor& codes, const Tensor& table,
                               const Tensor& offsets, const Tensor& score_weight, Tensor table_grad, Tensor offset_grads,
                               Tensor score_weight_grad) {
-  MixWindows op = checked_mix(codes, table, offsets, score_weight, grad, shares);
+  MixInBlocks op{checked_mix(codes, table, offsets, score_weight, grad, shares), false};
   check_codes(op);
   check_grads(table, offsets, score_weight, table_grad, offset_grads, score_weight_grad);
   const int64_t padded = op.padded(), size = op.window_size, of_offsets = size * padded, of_weight = op.heads * padded;

@@ -9,30 +9,22 @@
 #include <math.h>
 
 #include "floats.h"
+#include "mix_windows_arguments.h"
 
 namespace tensorar {
 
-constexpr float NORM_EPS = 1e-5f;
 constexpr int64_t BLOCK_WINDOWS = 32;  // that one thread takes at a time
 constexpr int64_t GROUP_WINDOWS = 4;   // whose keys are in cache together in backward
 
-struct MixWindows {
-  int64_t num_windows, window_size, heads, dim, codebook_size;
-  bool is_bfloat16;
+struct MixInBlocks : MixWindows {
   bool is_past_cache;  // mixed_MND is large, and whole vectors of it are aligned
-  const int64_t* codes_MK;
-  const void* table_VD;
-  const float* offsets_KD;       // rows padded to whole vectors
-  const float* score_weight_ND;  // the same
-  void* mixed_MND;               // in backward its gradient
-  float* shares_MNK;
-  float* table_grad_VD;
+  // Length of the rows of offsets_KD and score_weight_ND, which are padded to whole vectors.
   HOST_DEVICE int64_t padded() const { return (dim + FLOATS - 1) / FLOATS * FLOATS; }
 };
 
 // Asks for the rows of a window's codes, so that they are in cache when their turn comes.
 template <class T>
-HOST_DEVICE void ask_for_rows(const MixWindows& op, const int64_t* codes_K, const T* table_VD) {
+HOST_DEVICE void ask_for_rows(const MixInBlocks& op, const int64_t* codes_K, const T* table_VD) {
   for (int64_t k = 0; k < op.window_size; ++k)
     if (codes_K[k] >= 0)
       for (int64_t d = 0; d < op.dim; d += 64 / sizeof(T)) __builtin_prefetch(table_VD + codes_K[k] * op.dim + d);
@@ -40,7 +32,7 @@ HOST_DEVICE void ask_for_rows(const MixWindows& op, const int64_t* codes_K, cons
 
 // Keys of one window, normalised: keys_KD, and the factor of each.
 template <class T>
-HOST_DEVICE void make_keys(const MixWindows& op, const int64_t* codes_K, const T* table_VD, float* keys_KD, float* factors_K) {
+HOST_DEVICE void make_keys(const MixInBlocks& op, const int64_t* codes_K, const T* table_VD, float* keys_KD, float* factors_K) {
   const int64_t padded = op.padded();
   for (int64_t k = 0; k < op.window_size; ++k) {
     float* key_D = keys_KD + k * padded;
@@ -84,7 +76,7 @@ HOST_DEVICE void add_products(const T* rows_ND, int64_t row_stride, const float*
 
 // dots[n * size + k] = rows_ND[n] . keys_KD[k] of `Heads` rows and `Keys` keys, all in registers.
 template <int Heads, int Keys, class T>
-HOST_DEVICE void dot_tile(const MixWindows& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots) {
+HOST_DEVICE void dot_tile(const MixInBlocks& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots) {
   const int64_t padded = op.padded();
   Floats sums[Heads][Keys] = {};
   int64_t d = 0;
@@ -98,7 +90,7 @@ HOST_DEVICE void dot_tile(const MixWindows& op, const T* rows_ND, int64_t row_st
 }
 
 template <int Heads, class T>
-HOST_DEVICE void dots_of_heads(const MixWindows& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots) {
+HOST_DEVICE void dots_of_heads(const MixInBlocks& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots) {
   int64_t k = 0;
   for (; k + 4 <= op.window_size; k += 4) dot_tile<Heads, 4>(op, rows_ND, row_stride, keys_KD + k * op.padded(), dots + k);
   for (; k + 2 <= op.window_size; k += 2) dot_tile<Heads, 2>(op, rows_ND, row_stride, keys_KD + k * op.padded(), dots + k);
@@ -107,7 +99,7 @@ HOST_DEVICE void dots_of_heads(const MixWindows& op, const T* rows_ND, int64_t r
 
 // dots_NK of N rows of `row_stride` numbers with K keys.
 template <class T>
-HOST_DEVICE void all_dots(const MixWindows& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots_NK) {
+HOST_DEVICE void all_dots(const MixInBlocks& op, const T* rows_ND, int64_t row_stride, const float* keys_KD, float* dots_NK) {
   int64_t n = 0;
   for (; n + 4 <= op.heads; n += 4)
     dots_of_heads<4>(op, rows_ND + n * row_stride, row_stride, keys_KD, dots_NK + n * op.window_size);
@@ -115,7 +107,7 @@ HOST_DEVICE void all_dots(const MixWindows& op, const T* rows_ND, int64_t row_st
     dots_of_heads<1>(op, rows_ND + n * row_stride, row_stride, keys_KD, dots_NK + n * op.window_size);
 }
 
-HOST_DEVICE void softmax(const MixWindows& op, const int64_t* codes_K, float* scores_NK) {
+HOST_DEVICE void softmax(const MixInBlocks& op, const int64_t* codes_K, float* scores_NK) {
   for (int64_t n = 0; n < op.heads; ++n) {
     float* row_K = scores_NK + n * op.window_size;
     float largest = -__builtin_inff(), total = 0;
@@ -131,7 +123,7 @@ HOST_DEVICE void softmax(const MixWindows& op, const int64_t* codes_K, float* sc
 
 // Heads `Heads` at a time: their rows may lie a multiple of 4 KiB apart, where a cache holds few lines of the same columns.
 template <int Heads, int Keys, class T>
-HOST_DEVICE void mix_columns(const MixWindows& op, const float* shares_NK, const float* keys_KD, T* mixed_ND, int64_t count) {
+HOST_DEVICE void mix_columns(const MixInBlocks& op, const float* shares_NK, const float* keys_KD, T* mixed_ND, int64_t count) {
   Floats keys[Keys];
 #pragma GCC unroll 8
   for (int k = 0; k < Keys; ++k) keys[k] = read(keys_KD + k * op.padded());
@@ -147,14 +139,14 @@ HOST_DEVICE void mix_columns(const MixWindows& op, const float* shares_NK, const
 }
 
 template <int Heads, int Keys, class T>
-HOST_DEVICE void mix_tile(const MixWindows& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
+HOST_DEVICE void mix_tile(const MixInBlocks& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
   int64_t d = 0;
   for (; d + FLOATS <= op.dim; d += FLOATS) mix_columns<Heads, Keys>(op, shares_NK, keys_KD + d, mixed_ND + d, FLOATS);
   if (d < op.dim) mix_columns<Heads, Keys>(op, shares_NK, keys_KD + d, mixed_ND + d, op.dim - d);
 }
 
 template <int Keys, class T>
-HOST_DEVICE void mix_heads(const MixWindows& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
+HOST_DEVICE void mix_heads(const MixInBlocks& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
   int64_t n = 0;
   for (; n + 4 <= op.heads; n += 4)
     mix_tile<4, Keys>(op, shares_NK + n * op.window_size, keys_KD, mixed_ND + n * op.dim);
@@ -162,7 +154,7 @@ HOST_DEVICE void mix_heads(const MixWindows& op, const float* shares_NK, const f
 }
 
 template <class T>
-HOST_DEVICE void mix(const MixWindows& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
+HOST_DEVICE void mix(const MixInBlocks& op, const float* shares_NK, const float* keys_KD, T* mixed_ND) {
   if (op.window_size == 2) return mix_heads<2>(op, shares_NK, keys_KD, mixed_ND);
   if (op.window_size == 4) return mix_heads<4>(op, shares_NK, keys_KD, mixed_ND);
   if (op.window_size == 8) return mix_heads<8>(op, shares_NK, keys_KD, mixed_ND);
@@ -176,14 +168,14 @@ HOST_DEVICE void mix(const MixWindows& op, const float* shares_NK, const float* 
 }
 
 // Numbers of scratch that either direction needs a block.
-HOST_DEVICE int64_t mix_scratch(const MixWindows& op) {
+HOST_DEVICE int64_t mix_scratch(const MixInBlocks& op) {
   const int64_t keys = GROUP_WINDOWS * op.window_size;
   return keys * (op.padded() + 1 + 2 * op.heads);
 }
 
 // Windows first .. last - 1: mixed_MND and shares_MNK.
 template <class T>
-HOST_DEVICE void mix_block(const MixWindows& op, int64_t first, int64_t last, float* keys_KD) {
+HOST_DEVICE void mix_block(const MixInBlocks& op, int64_t first, int64_t last, float* keys_KD) {
   const T* table_VD = static_cast<const T*>(op.table_VD);
   float* factors_K = keys_KD + op.window_size * op.padded();
   for (int64_t m = first; m < last; ++m) {
@@ -199,7 +191,7 @@ HOST_DEVICE void mix_block(const MixWindows& op, int64_t first, int64_t last, fl
 }
 
 // What the shares' gradient makes of the scores' gradient: both in `grads_NK`.
-HOST_DEVICE void softmax_backward(const MixWindows& op, const float* shares_NK, float* grads_NK) {
+HOST_DEVICE void softmax_backward(const MixInBlocks& op, const float* shares_NK, float* grads_NK) {
   for (int64_t n = 0; n < op.heads; ++n) {
     const float* shares_K = shares_NK + n * op.window_size;
     float* grads_K = grads_NK + n * op.window_size;
@@ -211,7 +203,7 @@ HOST_DEVICE void softmax_backward(const MixWindows& op, const float* shares_NK, 
 
 // 16 columns of the gradients of `Keys` keys, written; adds their products with the keys.
 template <int Keys, class T>
-HOST_DEVICE void key_grad_columns(const MixWindows& op, const float* shares_NK, const float* score_grads_NK, const T* grad_ND,
+HOST_DEVICE void key_grad_columns(const MixInBlocks& op, const float* shares_NK, const float* score_grads_NK, const T* grad_ND,
                                       const float* score_weight_ND, const float* keys_KD, int64_t count, float* key_grads_KD,
                                       Floats (&products)[Keys]) {
   const int64_t padded = op.padded(), size = op.window_size;
@@ -234,7 +226,7 @@ HOST_DEVICE void key_grad_columns(const MixWindows& op, const float* shares_NK, 
 
 // Gradients of `Keys` rows of the table (before offsets were added, so of the offsets too), in place of those of the keys.
 template <int Keys, class T>
-HOST_DEVICE void row_grads(const MixWindows& op, const float* shares_NK, const float* score_grads_NK, const T* grad_ND,
+HOST_DEVICE void row_grads(const MixInBlocks& op, const float* shares_NK, const float* score_grads_NK, const T* grad_ND,
                                const float* score_weight_ND, const float* keys_KD, const float* factors_K, float* row_grads_KD,
                                float* offset_grads_KD) {
   const int64_t padded = op.padded();
@@ -258,7 +250,7 @@ HOST_DEVICE void row_grads(const MixWindows& op, const float* shares_NK, const f
 
 // Adds score gradients times keys of a group of windows to score_weight_grad_ND; `Heads` rows at a time.
 template <int Heads>
-HOST_DEVICE void add_score_weight_grad(const MixWindows& op, int64_t num_windows, const float* score_grads_MNK,
+HOST_DEVICE void add_score_weight_grad(const MixInBlocks& op, int64_t num_windows, const float* score_grads_MNK,
                                            const float* keys_MKD, float* score_weight_grad_ND) {
   const int64_t padded = op.padded(), size = op.window_size;
   for (int64_t d = 0; d < padded; d += FLOATS) {
@@ -281,7 +273,7 @@ HOST_DEVICE void add_score_weight_grad(const MixWindows& op, int64_t num_windows
 // row_grads_MKD holds their rows' gradients from window `first` on (rows padded to whole vectors); offset_grads_KD and
 // score_weight_grad_ND, padded too, are added to.
 template <class T>
-HOST_DEVICE void mix_block_backward(const MixWindows& op, int64_t first, int64_t last, float* row_grads_MKD,
+HOST_DEVICE void mix_block_backward(const MixInBlocks& op, int64_t first, int64_t last, float* row_grads_MKD,
                                     float* offset_grads_KD, float* score_weight_grad_ND, float* scratch) {
   const int64_t size = op.window_size, padded = op.padded(), heads = op.heads;
   float* score_grads_MNK = scratch + GROUP_WINDOWS * size * padded;
@@ -316,7 +308,7 @@ HOST_DEVICE void mix_block_backward(const MixWindows& op, int64_t first, int64_t
 
 // Adds the rows' gradients of windows first .. last - 1 to those rows of the table that belong to `part` of `parts`, window
 // by window: a row's sum has one order whatever `parts` is.
-HOST_DEVICE void add_part_of_rows(const MixWindows& op, const float* row_grads_MKD, int64_t first, int64_t last, int64_t part,
+HOST_DEVICE void add_part_of_rows(const MixInBlocks& op, const float* row_grads_MKD, int64_t first, int64_t last, int64_t part,
                                   int64_t parts) {
   const int64_t padded = op.padded(), end = (last - first) * op.window_size;
   const int64_t* codes = op.codes_MK + first * op.window_size;

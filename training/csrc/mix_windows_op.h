@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "check.h"
-#include "mix_windows.h"
+#include "mix_windows_arguments.h"
 
 namespace tensorar {
 
@@ -72,6 +72,9 @@ inline void check_grads(const Tensor& table, const Tensor& offsets, const Tensor
   check_matrix("table_grad", table_grad, ScalarType::Float, "float32", table.size(0), table.size(1));
   check_matrix("offset_grads", offset_grads, ScalarType::Float, "float32", offsets.size(0), offsets.size(1));
   check_matrix("score_weight_grad", score_weight_grad, ScalarType::Float, "float32", score_weight.size(0), score_weight.size(1));
+  for (const Tensor* grad : {&table_grad, &offset_grads, &score_weight_grad})
+    check(grad->is_cuda() == table.is_cuda() && grad->get_device() == table.get_device(),
+          "mix_windows: all gradients must be on the device of table");
 }
 
 }  // namespace tensorar

@@ -39,7 +39,7 @@ struct NoiseWindows {
 // A block writes PAIRS_PER_THREAD pairs of elements a thread, in the order of memory, from codes in shared memory.
 class NoiseWindowsBody {
  public:
-  static constexpr int THREADS = 256, PAIRS_PER_THREAD = 4, ELEMENTS = 2 * THREADS * PAIRS_PER_THREAD;
+  static constexpr int THREADS = 256, BLOCKS_AT_ONCE = 6, PAIRS_PER_THREAD = 4, ELEMENTS = 2 * THREADS * PAIRS_PER_THREAD;
 
   static HOST_DEVICE int64_t num_elements(const NoiseWindows& op) {
     return op.num_samples * op.num_positions * op.window_size;
