@@ -14,8 +14,8 @@ from pipeline.config import S3Config, Seed, SourceConfig
 from tokenization.config import Config, TokenizerConfig
 from training.config import DType, NoiseConfig, SamplerConfig
 
-MIN_HALF = 2
-"""Images that a half of the reference must hold for any measure to exist."""
+MIN_HALF = 4
+"""Images that a half of the reference must hold: precision looks at third neighbours, intervals at halves."""
 
 
 class ControlConfig(Config):
@@ -111,10 +111,12 @@ class TuningConfig(Config):
 
 
 class BootstrapConfig(Config):
-    """How intervals are made: the measure over and over, on images drawn with replacement."""
+    """How intervals are made: the measure over and over, on other draws of the same images."""
 
-    num_resamples: Annotated[int, Field(ge=2)] = 200
+    num_resamples: Annotated[int, Field(ge=2)] = 100
     """Times a measure is taken again; intervals hold the middle 95 %."""
+    min_per_class: Annotated[int, Field(ge=MIN_HALF)] = 10
+    """Samples, and real images of the report half, that a class must have for measures of its own."""
 
 
 class ShownConfig(Config):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.philox import Int64Array
 from pipeline.shard_set import ShardSet
+from pipeline.storage import ArtifactError
 from training.config import NoiseConfig
 from training.cross_entropy import HeadLoss, head_cross_entropy, wide_dtype
 from training.evaluation.stages import Array, Arrays
@@ -53,7 +54,11 @@ def score_held_out(
 
     Returns:
         `loss_KIND` (N, K) float64, mean cross-entropy in nats of each sample at each offset over the predictions
-        inside the image; `accuracy_KIND` (N, K) float64, share of them whose largest logit is the target's.
+        inside the image; `accuracy_KIND` (N, K) float64, share of them whose largest logit is the target's. At
+        window_size 1 the kinds are equal.
+
+    Raises:
+        ArtifactError: a sample is damaged, or its label is not one of the model's classes.
     """
     device = next(model.parameters()).device
     codes, labels = shard_set.read_batch(sample_indices, views=np.zeros_like(sample_indices))
@@ -66,13 +71,25 @@ def score_held_out(
         step=_STEP,
         sample_counters_B=counters_B,
     )
+    _check_labels(labels, shard_set=shard_set, num_classes=model.config.num_classes)
     scored = score_predictions(codes_BT, window_size=model.config.window_size)
     arrays: Arrays = {}
     with evaluation_mode(model):
         for kind, windows_BTK in _windows_of_kinds(model, codes_BT, labels_B, counters_B, noise=noise, seed=seed):
             losses_BK, accuracies_BK = _score(model, windows_BTK, labels_B, scored=scored)
             arrays[f"loss_{kind}"], arrays[f"accuracy_{kind}"] = losses_BK, accuracies_BK
+    for kind in KINDS[1:]:  # a window of one code holds no drafts of any kind
+        for measure in ("loss", "accuracy"):
+            arrays.setdefault(f"{measure}_{kind}", arrays[f"{measure}_schedule"])
     return arrays
+
+
+def _check_labels(labels_B: Int64Array, *, shard_set: ShardSet, num_classes: int) -> None:
+    if labels_B.max(initial=-1) >= num_classes:
+        raise ArtifactError(
+            f"evaluate on {shard_set.url}: labels must be below the model's num_classes = {num_classes}, got "
+            f"{labels_B.max()}; use held-out codes of the classes that it was trained on"
+        )
 
 
 def _windows_of_kinds(
