@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     OWN_DRAFT_STEPS = 0x13
     DROPOUT = 0x14
     REPLACEMENT = 0x15
+    RESAMPLE = 0x16
 
 
 def philox4x32(counters: npt.NDArray[np.integer], *, key: tuple[int, int]) -> UInt32Array:

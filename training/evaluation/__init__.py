@@ -1,1 +1,1 @@
-"""What a model is worth: measures of its samples and of its predictions, and the job that takes them."""
+"""Evaluation: what generated images are worth, as pure functions of their features."""
