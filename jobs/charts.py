@@ -94,8 +94,18 @@ def loss_chart(curves: Sequence[Curve], *, title: str, limits: tuple[float, floa
             axes.set_ylim(limits)
         axes.grid(visible=True, color="#8a8f98", alpha=0.25, linewidth=0.7)
         figure.legend(handles=_legend(curves), frameon=False, fontsize=9.5, loc="outside lower center", ncols=4)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return inline_svg(figure, title=title)
+
+
+def inline_svg(figure: Figure, *, title: str) -> str:
+    """An inline `<svg>` of a figure that was drawn under `STYLE`; the same figure gives the same text.
+
+    Args:
+        figure: What to show.
+        title: Read out by screen readers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), title=title)
 
 

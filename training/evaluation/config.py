@@ -18,6 +18,10 @@ MIN_HALF = 4
 """Images that a half of the reference must hold: precision looks at third neighbours, intervals at halves."""
 
 
+FREE_FIELDS = ("device", "features.cache_dir", "s3")
+"""Fields that a rerun in the same directory may change."""
+
+
 class ControlConfig(Config):
     """The model that the evaluated one is held against: the same base, trained on for as many steps without windows."""
 

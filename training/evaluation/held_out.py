@@ -117,10 +117,10 @@ def _windows_of_kinds(
 
 def _score(model: TensorAR, windows_BTK: Tensor, labels_B: Tensor, *, scored: Scored) -> tuple[Array, Array]:
     parts: HeadLoss = model(windows_BTK, labels_B, scored=scored, readout=partial(_read, scored))
-    of_offset = [
-        tensor.split(list(scored.num_of_offset), dim=1) for tensor in (parts.entropies.double(), parts.hits.double())
-    ]
-    losses_BK, accuracies_BK = (torch.stack([part.mean(1) for part in parts], dim=1) for parts in of_offset)
+    losses_BK, accuracies_BK = (
+        torch.stack([part.double().mean(1) for part in torch.split(x_BR, list(scored.num_of_offset), dim=1)], dim=1)
+        for x_BR in (parts.entropies, parts.hits)
+    )
     return losses_BK.cpu().numpy(), accuracies_BK.cpu().numpy()
 
 

@@ -153,9 +153,7 @@ def _half(arrays: Arrays, *, in_report_half: bool) -> Half:
             f"{len(chosen)} in the {'report' if in_report_half else 'tuning'} half; raise reference.num_images, or set "
             "reference.group_field or group_separator so that there are more groups"
         )
-    return Half(
-        labels_N=arrays["labels"][chosen], real_NF=arrays["real"][chosen], decoded_NF=arrays["decoded"][chosen]
-    )
+    return Half(labels_N=arrays["labels"][chosen], real_NF=arrays["real"][chosen], decoded_NF=arrays["decoded"][chosen])
 
 
 class TrainingImages:
@@ -173,16 +171,17 @@ class TrainingImages:
         self._sample_indices = spread_indices(
             config.num_samples or self._shard_set.num_samples, of=self._shard_set.num_samples
         )
-        self._num_views = min(config.num_views, self._shard_set.num_views)
+        self.num_views = min(config.num_views, self._shard_set.num_views)
+        """Views of each sample."""
 
     def __len__(self) -> int:
         """Images in all."""
-        return len(self._sample_indices) * self._num_views
+        return len(self._sample_indices) * self.num_views
 
     def decode(self, image_indices: Int64Array) -> Images:
         """Return the images of some indices, (N, H, W, 3)."""
         codes_NT, _ = self._shard_set.read_batch(
-            self._sample_indices[image_indices // self._num_views], views=image_indices % self._num_views
+            self._sample_indices[image_indices // self.num_views], views=image_indices % self.num_views
         )
         return self._tokenizer.decode(codes_NT)
 

@@ -1,8 +1,8 @@
 """Samples against real images: distances, precision and recall, label score; each beside what real images come to.
 
 Invariant: a measure that depends on the number of images is taken on equally many samples, real images of the tuning
-half (`real`, the floor that no model can beat) and reconstructions of them (`decoded`, the floor of any model over these
-codes), all against the whole report half.
+half (`real`, the floor that no model can beat) and reconstructions of them (`decoded`, the floor of any model over
+these codes), all against the whole report half.
 
 N samples, F features.
 """

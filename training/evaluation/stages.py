@@ -10,6 +10,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,7 @@ class Stages:
             make: makes it.
         """
         if not self.has(name):
-            made = make()
-            with self.storage.stage(_file_of(name)) as staged_path, staged_path.open("wb") as file:
-                np.savez(file, **made)  # type: ignore[arg-type]  (its stubs know no keyword arrays)
+            write_arrays(self.storage, _file_of(name), make())
             logger.info("evaluate committed=%s", name)
         with np.load(io.BytesIO(self.storage.read_bytes(_file_of(name))), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
@@ -87,7 +86,7 @@ class Stages:
         """
         for index, begin in enumerate(range(0, num_samples, batch_size)):
             batch = slice(begin, min(begin + batch_size, num_samples))
-            yield self.arrays(f"{name}/{index:05d}", lambda batch=batch: make(batch))  # type: ignore[misc]
+            yield self.arrays(f"{name}/{index:05d}", partial(make, batch))
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a part that is JSON, made and committed where it is not there yet."""
@@ -95,6 +94,13 @@ class Stages:
         if self.storage.find(path) is None:
             self.storage.write_json(path, make())
         return json.loads(self.storage.read_bytes(path))
+
+
+def write_arrays(storage: Storage, name: str, arrays: Arrays) -> None:
+    """Commit arrays as an uncompressed `.npz`."""
+    with storage.stage(name) as staged_path, staged_path.open("wb") as file:
+        # numpy's stubs know no arrays by keyword.
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def joined(batches: Iterator[Arrays]) -> Arrays:
