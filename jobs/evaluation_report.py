@@ -117,9 +117,8 @@ def _facts(result: dict[str, Any]) -> list[dict[str, str]]:
     if is_windowed:
         facts.append(_fact(f"{held_out['differences']['draft_shift']['value']:+.3f}", "draft shift", "nats"))
     if held_out["control"] is not None:
-        facts.append(
-            _fact(f"{held_out['differences']['gap']['value']:+.3f}", "gap to the control", "nats; below 0 is better")
-        )
+        gap = held_out["differences"]["gap"]["value"]
+        facts.append(_fact(f"{gap:+.3f}", "gap to the control", "nats; below 0 is better"))
     distance = measures["frechet_distance"]
     floor = f"codes {distance['decoded']['value']:.0f}, real {distance['real']['value']:.0f}"
     facts.append(_fact(f"{distance['samples']['value']:.0f}", "Frechet distance", f"floors: {floor}"))

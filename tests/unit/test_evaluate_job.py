@@ -76,7 +76,7 @@ def write_inputs(root: Path) -> EvaluateConfig:
             "bootstrap": {"num_resamples": 4, "min_per_class": 4},
             "shown": {"num_labels": 2, "num_per_label": 3, "num_strips": 3, "num_nearest": 4},
             "features": {"cache_dir": str(root / "cache")},
-            "batch_size": 8,
+            "batch_size": 16,
             "device": "cpu",
             "seed": 9,
         }
@@ -113,7 +113,7 @@ def test_all_that_is_promised_is_written_and_agrees(finished: EvaluateConfig) ->
     assert EvaluateConfig.model_validate(result["spec"]) == finished
     assert (result["version"], result["weights"]["step"], result["weights"]["window_size"]) == (1, 7, 3)
     assert result["reference"]["num_tuning"] + result["reference"]["num_report"] == 24
-    assert result["cost"] == {"backbone_calls_per_image": 16.0, "batch_size": 8}
+    assert result["cost"] == {"backbone_calls_per_image": 16.0, "batch_size": 16}
     assert [entry["guidance"] for entry in result["tuning"]] == [1.0, 3.0]
     best = min(result["tuning"], key=lambda entry: entry["frechet_distance"])
     assert result["sampler"]["guidance"] == best["guidance"]
@@ -135,7 +135,7 @@ def test_the_samples_are_those_of_the_chosen_sampler_with_labels_in_proportion(f
     model, _ = load_model(finished.weights)
     labels = torch.tensor([0] * 5 + [1] * 4 + [2] * 5)  # 8 real images of each class, 14 samples
     sampler = finished.sampler.model_copy(update={"guidance": result["sampler"]["guidance"]})
-    codes_NT = sample_codes(model, labels, config=sampler, seed=9, batch_size=8).codes_NT
+    codes_NT = sample_codes(model, labels, config=sampler, seed=9).codes_NT
     images = read_adm_npz(Path(finished.run_dir) / "samples.npz")
     assert np.array_equal(images, Tokenizer.load(finished.tokenizer).decode(codes_NT.numpy()))
     pictures = np.load(Path(finished.run_dir) / "pictures.npz")
@@ -161,7 +161,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(finished: EvaluateConfig
         "evaluation.json",
         "report.html",
         "pictures.npz",
-        "stages/samples/00001.npz",
+        "stages/samples/00000.npz",
         "stages/measures/manifold.json",
     ]
     for name in lost:

@@ -1,4 +1,4 @@
-"""The pure parts of an evaluation: labels in proportion, flips, the choice of images, held-out scores, committed stages."""
+"""The parts of an evaluation: labels in proportion, flips, the choice of images, held-out scores, committed stages."""
 
 from __future__ import annotations
 

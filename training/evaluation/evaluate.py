@@ -209,7 +209,15 @@ class _Evaluation:
             labels_N=labels_N, counters_N=counters_N, seed=self._config.seed, batch_size=self._config.batch_size
         )
 
-    def _draw(self, name: str, loaded: LoadedModel, *, sampler: SamplerConfig, plan: SamplePlan) -> SampleSet:
+    def _draw(
+        self,
+        name: str,
+        loaded: LoadedModel,
+        *,
+        sampler: SamplerConfig,
+        plan: SamplePlan,
+        are_measured: bool = True,
+    ) -> SampleSet:
         return draw_samples(
             self._stages,
             name,
@@ -217,7 +225,7 @@ class _Evaluation:
             sampler=sampler,
             plan=plan,
             tokenizer=self._inputs.tokenizer,
-            extract=self._inputs.reader.features.extract,
+            extract=self._inputs.reader.features.extract if are_measured else None,
         )
 
     def _tuned(self, reference: Reference) -> tuple[SamplerConfig, list[dict[str, Any]] | None]:
@@ -239,7 +247,8 @@ class _Evaluation:
         if control is None or self._config.control is None or not len(grid):
             return None
         shown_plan = self._plan(plan.labels_N[grid], counters_N=plan.counters_N[grid])
-        return self._draw("control_samples", control, sampler=self._config.control.sampler or sampler, plan=shown_plan)
+        own = self._config.control.sampler or sampler
+        return self._draw("control_samples", control, sampler=own, plan=shown_plan, are_measured=False)
 
     def _memorised(self, samples: SampleSet, reference: Reference) -> Memorised | None:
         training_images = self._inputs.training_images

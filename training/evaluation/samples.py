@@ -36,7 +36,7 @@ class SampleSet:
     drafts_NTK: Codes
     """Refinements, see `training.sampling.SampledCodes`."""
     features_NF: FloatFeatures
-    """Of the decoded samples."""
+    """Of the decoded samples; (N, 0) where none were asked for."""
     calls_per_image: float
     """Passes of the backbone, one after the other, that a batch of images takes; its mean over the batches."""
     seconds_per_image: float
@@ -74,7 +74,7 @@ def draw_samples(
     sampler: SamplerConfig,
     plan: SamplePlan,
     tokenizer: Tokenizer,
-    extract: Callable[[Images], FloatFeatures],
+    extract: Callable[[Images], FloatFeatures] | None,
 ) -> SampleSet:
     """Return a set of samples; batches that are committed already are not drawn again.
 
@@ -85,7 +85,7 @@ def draw_samples(
         sampler: how.
         plan: which.
         tokenizer: decodes them.
-        extract: gives the features of images.
+        extract: gives the features of images; none for samples that are only looked at.
     """
 
     def make(batch: slice) -> Arrays:
@@ -102,7 +102,7 @@ def draw_samples(
         return {
             "codes": codes_BT,
             "drafts": sampled.drafts_NTK.numpy().astype(np.int32),
-            "features": extract(tokenizer.decode(codes_BT)),
+            "features": np.empty((len(codes_BT), 0)) if extract is None else extract(tokenizer.decode(codes_BT)),
             "num_calls": np.array([sampled.num_backbone_calls]),
             "seconds": np.array([seconds_s]),
         }
