@@ -208,7 +208,10 @@ def _import(module: str, *, name: str, command: str) -> ModuleType:
             f"loading features {name}: the package {module.partition('.')[0]} must be installed, got no such package; "
             f"{command}"
         )
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build of torch
+        raise ValueError(f"loading features {name}: {module} must import, got {error!r}; {command}") from error
 
 
 def _digest_of(path: Path, *, name: str, known: str) -> str:
