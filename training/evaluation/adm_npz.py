@@ -9,6 +9,7 @@ Source: openai/guided-diffusion, evaluations.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,16 +70,21 @@ def read_adm_moments(path: Path) -> Moments:
 
 
 def _read(path: Path, member: str) -> npt.NDArray[np.generic]:
+    if not zipfile.is_zipfile(path):
+        found = "another file" if path.is_file() else "no file"
+        raise ValueError(f"reading {path}: it must be an npz file, got {found}; write or fetch it again")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if member not in archive:
-                raise ValueError(
-                    f"reading {path}: it must have an array {member}, got {', '.join(archive.files)}; "
-                    f"take a file in ADM's layout"
-                )
-            array: npt.NDArray[np.generic] = archive[member]
-    except (OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise ValueError(f"reading {path}: it must be an npz file, got {error!r}; write or fetch it again") from error
+            names = list(archive.files)
+            array: npt.NDArray[np.generic] | None = archive[member] if member in names else None
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"reading {path}: {member} must be a whole array of numbers, got {error!r}; write or fetch it again"
+        ) from error
+    if array is None:
+        raise ValueError(
+            f"reading {path}: it must have an array {member}, got {', '.join(names)}; take a file in ADM's layout"
+        )
     return array
 
 

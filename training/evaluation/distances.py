@@ -97,7 +97,7 @@ def _mean_and_factor(features_NF: AnyFeatures) -> tuple[FloatArray, FloatArray]:
     mean_F: FloatArray = features_NF.mean(axis=0, dtype=np.float64)
     factor_NF: FloatArray = (features_NF.astype(np.float64) - mean_F) / np.sqrt(len(features_NF) - 1)
     if factor_NF.shape[0] > factor_NF.shape[1]:
-        factor_NF = np.linalg.qr(factor_NF).R
+        factor_NF = np.asarray(np.linalg.qr(factor_NF, "r"))  # an array in this mode; numpy's stub says otherwise
     return mean_F, factor_NF
 
 

