@@ -18,7 +18,6 @@ KIND_WORDS = {
     "uninformed": "windows with uniform drafts",
 }
 KIND_COLOURS = {"schedule": COLOURS[0], "own_drafts": COLOURS[4], "uninformed": COLOURS[5]}
-GRID_COLOUR = {"color": "#8a8f98", "alpha": 0.25, "linewidth": 0.7}
 
 
 def offset_chart(held_out: dict[str, Any], *, measure: str, label: str) -> str:
@@ -97,6 +96,6 @@ def _chart(label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_ylabel(label)
-    axes.grid(visible=True, **GRID_COLOUR)
+    axes.grid(visible=True, color="#8a8f98", alpha=0.25, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes

@@ -21,6 +21,7 @@ from training.config import SamplerConfig
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.draft_shift import summarise_held_out
 from training.evaluation.flips import flip_rates
+from training.evaluation.headline import headline_of
 from training.evaluation.held_out import score_held_out, spread_indices
 from training.evaluation.image_features import Reference, reference_features
 from training.evaluation.inputs import Inputs, LoadedModel, digests_of_weights, load_inputs
@@ -139,7 +140,7 @@ class _Evaluation:
             tokenizer=inputs.tokenizer,
             training_images=inputs.training_images,
         )
-        return {
+        result = {
             **self._described(),
             "held_out": held_out,
             "reference": {
@@ -161,6 +162,7 @@ class _Evaluation:
                 "num_threads": torch.get_num_threads(),
             },
         }
+        return result | {"headline": headline_of(result)}
 
     def _described(self) -> dict[str, Any]:
         inputs = self._inputs
