@@ -24,13 +24,24 @@ REPORT_NAME = "report.html"
 MAX_CLASS_LINES = 40
 MEASURES = (
     ("frechet_distance", "Frechet distance", "lower is better; biased upwards, the more the fewer images"),
+    ("frechet_distance_to_decoded", "Frechet distance to decoded images", "the model's part, without the tokenizer's"),
     ("kernel_distance", "kernel distance, x 1000", "lower is better; unbiased, so about 0 for equal sets"),
+    (
+        "kernel_distance_to_decoded",
+        "kernel distance to decoded images, x 1000",
+        "the same without the tokenizer's part",
+    ),
     ("precision", "precision", "share of samples that lie among real images"),
     ("recall", "recall", "share of real images that samples reach"),
     ("density", "density", "precision by how many real images are near; 1 for equal sets"),
     ("coverage", "coverage", "share of real images that have a sample near"),
 )
-SCALES = {"kernel_distance": 1000.0}
+SCALES = {"kernel_distance": 1000.0, "kernel_distance_to_decoded": 1000.0}
+LOSSES = (
+    ("schedule", "windows noised by the schedule"),
+    ("own_drafts", "windows with own drafts"),
+    ("uninformed", "windows with uniform drafts"),
+)
 DIFFERENCES = (
     ("draft_shift", "draft shift", "own drafts - schedule: what inference loses against training's windows"),
     ("interference", "interference", "schedule - control: what the windows cost the base, or give away to it"),
@@ -81,6 +92,7 @@ def write_evaluation_report(storage: Storage) -> str:
         window_size=result["weights"]["window_size"],
         facts=_facts(result),
         measures=_measures(result),
+        losses=_losses(result),
         differences=_differences(result),
         charts=_charts(result),
         grid=_grid(result, pictures),
@@ -139,7 +151,7 @@ def _measures(result: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": title,
             "note": note,
-            **{of: told(measures[name][of], scale=SCALES.get(name, 1.0)) for of in ("samples", "decoded", "real")},
+            **{of: told(measures[name].get(of), scale=SCALES.get(name, 1.0)) for of in ("samples", "decoded", "real")},
         }
         for name, title, note in MEASURES
     ]
@@ -152,17 +164,29 @@ def _measures(result: dict[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
+def _losses(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each kind of drafts, one in all without windows, and the control's."""
+    held_out = result["held_out"]
+    kinds = LOSSES if result["weights"]["window_size"] > 1 else (("schedule", "no drafts: window_size 1"),)
+    lines = [{"name": words, **told(held_out["offset_0"][kind])} for kind, words in kinds]
+    if held_out["control"] is not None:
+        lines.append({"name": "control", **told(held_out["control_offset_0"])})
+    return lines
+
+
 def _differences(result: dict[str, Any]) -> list[dict[str, Any]]:
     found = result["held_out"]["differences"]
+    if result["weights"]["window_size"] == 1:  # without drafts the others are 0, or the gap again
+        found = {name: interval for name, interval in found.items() if name == "gap"}
     return [{"name": title, "note": note, **told(found[name])} for name, title, note in DIFFERENCES if name in found]
 
 
 def _charts(result: dict[str, Any]) -> dict[str, Markup]:
     held_out, flips = result["held_out"], result["flips"]
-    charts = {
-        "loss": offset_chart(held_out, measure="loss_of_offset", label="cross-entropy, nats per code"),
-        "accuracy": offset_chart(held_out, measure="accuracy_of_offset", label="accuracy"),
-    }
+    charts = {}
+    if result["weights"]["window_size"] > 1:
+        charts["loss"] = offset_chart(held_out, measure="loss_of_offset", label="cross-entropy, nats per code")
+        charts["accuracy"] = offset_chart(held_out, measure="accuracy_of_offset", label="accuracy")
     if flips["flip_rate"] is not None:
         charts |= {"flips": flip_chart(flips["of_offset"]), "flip_grid": flip_grid(flips["of_position"])}
     if result["tuning"] is not None:

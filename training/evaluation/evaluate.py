@@ -31,6 +31,7 @@ from training.evaluation.measures import (
     compared_sets,
     distance_of_class,
     distances_of,
+    distances_to_decoded,
     label_score,
     manifold_of,
 )
@@ -275,6 +276,8 @@ class _Evaluation:
         for name in DISTANCES:
             made = partial(distances_of, name, sets, reference=reference, intervals=intervals)
             found[name] = staged(name, made)
+            to_decoded = partial(distances_to_decoded, name, sets, reference=reference, intervals=intervals)
+            found[f"{name}_to_decoded"] = staged(f"{name}_to_decoded", to_decoded)
         found |= staged("manifold", lambda: manifold_of(sets, reference=reference, intervals=intervals))
         found["label_score"] = staged(
             "label_score",

@@ -8,8 +8,9 @@ from typing import Any
 def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the headline of a result: `value`, and `low` and `high` where there is an interval, by name.
 
-    Losses are of offset 0 in nats; `_codes` and `_real` are the floors: what real images come to after the tokenizer,
-    and as they are. What the evaluation does not have (a control, drafts, training images) is left out.
+    Losses are of offset 0 in nats. `_codes` and `_real` are the floors: what real images come to after the tokenizer,
+    and as they are; `_to_decoded` is the distance to real images after the tokenizer, which leaves its part out. What
+    the evaluation does not have (a control, drafts, training images) is left out.
 
     Args:
         result: of `evaluation.json`, all but its headline.
@@ -23,6 +24,7 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         "frechet_distance": distance["samples"],
         "frechet_distance_codes": distance["decoded"],
         "frechet_distance_real": distance["real"],
+        "frechet_distance_to_decoded": measures["frechet_distance_to_decoded"]["samples"],
         "kernel_distance": measures["kernel_distance"]["samples"],
         "precision": measures["precision"]["samples"],
         "recall": measures["recall"]["samples"],

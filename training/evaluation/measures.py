@@ -2,7 +2,8 @@
 
 Invariant: a measure that depends on the number of images is taken on equally many samples, real images of the tuning
 half (`real`, the floor that no model can beat) and reconstructions of them (`decoded`, the floor of any model over
-these codes), all against the whole report half.
+these codes), all against the whole report half. Distances to the decoded report half leave the tokenizer out: there
+`decoded` is the floor, and what is above it is the model's.
 
 N samples, F features.
 """
@@ -43,6 +44,16 @@ def distances_of(
     return {
         of: intervals.of_distance(DISTANCES[name], features_NF, reference.report.real_NF)
         for of, features_NF in sets.items()
+    }
+
+
+def distances_to_decoded(
+    name: str, sets: dict[str, FloatFeatures], *, reference: Reference, intervals: Intervals
+) -> dict[str, Any]:
+    """Return a distance of `DISTANCES` of samples and decoded images to the decoded report half."""
+    return {
+        of: intervals.of_distance(DISTANCES[name], sets[of], reference.report.decoded_NF)
+        for of in ("samples", "decoded")
     }
 
 
