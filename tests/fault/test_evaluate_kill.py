@@ -20,7 +20,7 @@ from jobs.run import run_spec
 from training.evaluation.config import EvaluateConfig
 run_spec(EvaluateConfig.model_validate_json(sys.argv[1]))
 """
-MOMENTS = ("stages/inputs.json", "stages/held_out/model/00001.npz", "stages/samples/00001.npz", "samples.npz")
+MOMENTS = ("stages/held_out/model/00001.npz", "stages/samples/00001.npz", "samples.npz")
 """What a run has just committed when it is killed, once each."""
 
 
@@ -38,6 +38,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_evaluation_killed_again_and_again_ends_in_the_same_result(tmp_path: Path) -> None:
     whole = write_inputs(tmp_path).model_copy(update={"batch_size": 8, "run_dir": str(tmp_path / "whole")})
     killed = whole.model_copy(update={"run_dir": str(tmp_path / "killed")})

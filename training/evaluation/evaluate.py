@@ -38,7 +38,7 @@ from training.evaluation.measures import (
 from training.evaluation.memorised import Memorised, find_memorised
 from training.evaluation.pictures import ShownSamples, choose_shown, write_pictures, write_samples
 from training.evaluation.samples import SamplePlan, SampleSet, draw_samples, proportional_labels
-from training.evaluation.stages import INPUTS_NAME, Arrays, Stages, joined
+from training.evaluation.stages import Arrays, Stages, joined
 from training.evaluation.tuning import tune_sampler
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,9 @@ def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
     """
     if storage.find(RESULT) is None:
         return False
-    before = json.loads(storage.read_bytes(INPUTS_NAME))
-    differing = [name for name, digest in digests_of_weights(config).items() if before[name] != digest]
+    result = json.loads(storage.read_bytes(RESULT))
+    before = {"weights": result["weights"], "control.weights": result["control"] or {"sha256": None}}
+    differing = [name for name, digest in digests_of_weights(config).items() if before[name]["sha256"] != digest]
     if differing:
         raise ArtifactError(
             f"evaluate into {storage}: its results must be of the weights that the spec names, got another content of "
