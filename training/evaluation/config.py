@@ -30,7 +30,8 @@ class ControlConfig(Config):
     use_ema: bool = False
     """Whether to take the run's moving average of the weights."""
     sampler: SamplerConfig | None = None
-    """How its pictures beside the model's are drawn; none is as the model's own. Its measures need a job of its own."""
+    """How its pictures beside the model's are drawn; none is as the model's own, without what that says of
+    drafts where the control has none. Measures of its samples need a job of its own."""
 
 
 class HeldOutConfig(Config):
@@ -62,7 +63,8 @@ class TrainingSetConfig(Config):
     shards: str
     """Directory or s3:// URL of the training shard set; its codes are decoded."""
     num_samples: PositiveInt | None = None
-    """Samples looked at, spread evenly over the set; none is all."""
+    """Samples looked at, spread evenly over the set; none is all. Each is compared with all others, so the
+    time grows with the square."""
     num_views: PositiveInt = 1
     """Views of each that are looked at, from the first on; more than the set has is all."""
 

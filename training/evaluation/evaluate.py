@@ -37,7 +37,7 @@ from training.evaluation.measures import (
 )
 from training.evaluation.memorised import Memorised, find_memorised
 from training.evaluation.pictures import ShownSamples, choose_shown, write_pictures, write_samples
-from training.evaluation.samples import SamplePlan, SampleSet, draw_samples, proportional_labels
+from training.evaluation.samples import SamplePlan, SampleSet, draw_samples, proportional_labels, without_drafts
 from training.evaluation.stages import Arrays, Stages, joined
 from training.evaluation.tuning import tune_sampler
 
@@ -251,7 +251,8 @@ class _Evaluation:
         if control is None or self._config.control is None or not len(grid):
             return None
         shown_plan = self._plan(plan.labels_N[grid], counters_N=plan.counters_N[grid])
-        own = self._config.control.sampler or sampler
+        is_windowed = control.file.config.window_size > 1
+        own = self._config.control.sampler or (sampler if is_windowed else without_drafts(sampler))
         return self._draw("control_samples", control, sampler=own, plan=shown_plan, are_measured=False)
 
     def _memorised(self, samples: SampleSet, reference: Reference) -> Memorised | None:

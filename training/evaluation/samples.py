@@ -66,6 +66,12 @@ def proportional_labels(reference_labels: Int64Array, *, num_samples: int) -> In
     return reference_labels[places]
 
 
+def without_drafts(sampler: SamplerConfig) -> SamplerConfig:
+    """Return a sampler for a model without windows: what it says of finals, and of nothing else."""
+    names = ("guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    return SamplerConfig.model_validate({name: getattr(sampler, name) for name in names})
+
+
 def draw_samples(
     stages: Stages,
     name: str,
