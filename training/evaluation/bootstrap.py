@@ -3,9 +3,11 @@
 Two ways, and the choice is the statistic's. `replacement` is the percentile bootstrap, right for means of independent
 samples (label score, acceptance). Distances between sets are not such means: a resample repeats samples, a repeat is a
 neighbour at distance 0 and a lost dimension of the covariance, and both inflate the Frechet distance by more than its
-interval. `halves` draws half of each set without replacement instead: the spread of a smooth statistic over halves is,
-to first order, the spread of the whole's over fresh sets (Shao and Wu 1989: the delete-d jackknife's factor
-(N - d) / d is 1), while its mean is off; so only the spread is taken, and put around the value of the whole.
+interval (1,500 against 1,500 real emoji: 17.6, resampled 29.6 to 30.8). `halves` draws half of each set without
+replacement instead: the spread of a smooth statistic over halves is, to first order, the spread of the whole's over
+fresh sets (Shao and Wu 1989: the delete-d jackknife's factor (N - d) / d is 1), while its mean is off; so only the
+spread is taken, and put around the value of the whole (17.6, from 16.7 to 18.5). Where both sets are drawn alike, the
+first order of a distance is 0 and its halves' interval is up to sqrt(2) too wide: it errs on the safe side.
 Every draw is Philox of (seed, draw, set, group): the same halves for two models, so that their differences pair.
 """
 

