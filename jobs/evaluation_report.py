@@ -111,13 +111,13 @@ def told(interval: dict[str, Any] | None, *, scale: float = 1.0, digits: int = 3
     Args:
         interval: Of `evaluation.json`; none gives dashes.
         scale: What all three numbers are multiplied by.
-        digits: Significant digits of the value; the ends have as many decimals.
+        digits: Significant digits of the value, up to one decimal more; the ends have as many decimals.
     """
     if interval is None:
         return {"value": "-", "range": ""}
     value, low, high = (scale * interval[name] for name in ("value", "low", "high"))
     decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))) if value else digits)
-    decimals = min(decimals, digits)
+    decimals = min(decimals, digits + 1)
     return {"value": f"{value:.{decimals}f}", "range": f"{low:.{decimals}f} to {high:.{decimals}f}"}
 
 
@@ -168,9 +168,9 @@ def _losses(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A line for each kind of drafts, one in all without windows, and the control's."""
     held_out = result["held_out"]
     kinds = LOSSES if result["weights"]["window_size"] > 1 else (("schedule", "no drafts: window_size 1"),)
-    lines = [{"name": words, **told(held_out["offset_0"][kind])} for kind, words in kinds]
+    lines = [{"name": words, **told(held_out["offset_0"][kind], digits=4)} for kind, words in kinds]
     if held_out["control"] is not None:
-        lines.append({"name": "control", **told(held_out["control_offset_0"])})
+        lines.append({"name": "control", **told(held_out["control_offset_0"], digits=4)})
     return lines
 
 

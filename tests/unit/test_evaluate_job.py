@@ -19,6 +19,10 @@ from tokenization.tokenizer import Tokenizer
 from training.evaluation.adm_npz import read_adm_npz
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.evaluate import read_evaluation, run_evaluate
+from training.evaluation.features import load_features
+from training.evaluation.image_features import FeatureReader, reference_features
+from training.evaluation.real_images import choose_images, crop_images
+from training.evaluation.stages import Stages
 from training.sampling import sample_codes
 from training.weights import load_model
 
@@ -181,3 +185,21 @@ def test_inputs_that_do_not_belong_together_are_refused(finished: EvaluateConfig
     )
     with pytest.raises(ArtifactError, match="tokenizer weights_sha256 must be that of training"):
         run_evaluate(config)
+
+
+def test_a_half_of_the_reference_holds_its_images_and_what_their_codes_decode_to(
+    finished: EvaluateConfig, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(finished.tokenizer)
+    features = load_features("efficientnet-lite0", device="cpu")
+    reader = FeatureReader(features, cache_dir=finished.features.cache_dir)
+    reference = reference_features(
+        Stages(open_storage(str(tmp_path))), finished.reference, tokenizer=tokenizer, reader=reader, s3=finished.s3
+    )
+    chosen = [image for image in choose_images(finished.reference, s3=finished.s3) if image.in_report_half]
+    assert reference.report.labels_N.tolist() == [image.label for image in chosen]
+    pixels_NHWC, _ = crop_images(chosen[:3], image_size_px=16)
+    decoded_NHWC = tokenizer.decode(tokenizer.encode(pixels_NHWC))
+    expected = features.extract(np.concatenate([pixels_NHWC, decoded_NHWC]))
+    np.testing.assert_allclose(reference.report.real_NF[:3], expected[:3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reference.report.decoded_NF[:3], expected[3:], rtol=1e-4, atol=1e-5)

@@ -37,7 +37,15 @@ def test_the_shipped_spec_tunes_and_has_a_control() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(193.17, "193"), (96.857, "96.9"), (3.4495, "3.45"), (0.17969, "0.180"), (-0.0312, "-0.031"), (0.0, "0.000")],
+    [
+        (193.17, "193"),
+        (96.857, "96.9"),
+        (3.4495, "3.45"),
+        (0.17969, "0.180"),
+        (-0.0312, "-0.0312"),
+        (0.00041, "0.0004"),
+        (0.0, "0.000"),
+    ],
 )
 def test_numbers_are_told_with_three_digits(value: float, expected: str) -> None:
     assert told({"value": value, "low": value, "high": value}) == {
