@@ -299,6 +299,8 @@ def _outcome(spec: Spec, result: Any, *, command: str) -> str:
         path = shipped_spec("sample_base" if spec.model.window_size == 1 else "sample_tensorar")
         overrides = [f"weights={spec.run_dir}", f"run_dir={spec.run_dir}-samples"]
         return f"run:  {spec.run_dir}\nnext: {_command(from_here(path), overrides)}"
+    if spec.kind == "evaluate":
+        return f"report:  {result}\nresults: {spec.run_dir.rstrip('/')}/evaluation.json"
     flags = shlex.join(["--set", f"run_dir={spec.run_dir}-2", "--set", f"seed={spec.seed + 1}"])
     return f"pictures: {spec.run_dir}/grid.png\nnext:     {command} {flags}"
 

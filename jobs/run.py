@@ -20,6 +20,8 @@ from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
+from training.evaluation.config import FREE_FIELDS as EVALUATE_FREE_FIELDS
+from training.evaluation.config import EvaluateConfig
 
 SPEC_NAME = "spec.json"
 EXIT_STOPPED = 75
@@ -62,6 +64,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "wandb_project",
     ),
     "sample": ("batch_size", "device"),
+    "evaluate": EVALUATE_FREE_FIELDS,
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
 
@@ -74,6 +77,7 @@ BEGUN_WITH = {
     "tokenize": "plan.json",
     "train": "checkpoints",
     "sample": "samples.json",
+    "evaluate": "stages",
 }
 """What a job of each kind leaves as soon as there is something to resume; until then its spec binds nobody."""
 
@@ -91,7 +95,7 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
 
     Returns:
         By kind: `fit_tokenizer` the Path of the weights, `tokenize` the Manifest, `train` the TrainResult, `sample` the
-        Path of the results.
+        Path of the results, `evaluate` the path or URL of the report.
 
     Raises:
         RunStoppedError: training was told to stop, and saved first.
@@ -113,6 +117,10 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
         from jobs.launch import launch_training  # noqa: PLC0415
 
         return launch_training(spec, progress=progress)
+    if isinstance(spec, EvaluateConfig):
+        from jobs.evaluation_report import evaluate_and_report  # noqa: PLC0415
+
+        return evaluate_and_report(spec)
     assert isinstance(spec, SampleConfig)
     from training.sample import run_sample  # noqa: PLC0415
 
@@ -127,7 +135,7 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    if isinstance(spec, TokenizeConfig | TrainConfig):
+    if isinstance(spec, TokenizeConfig | TrainConfig | EvaluateConfig):
         storage = open_storage(spec.run_dir, s3=spec.s3)
     else:
         storage = _local(spec.run_dir)

@@ -20,8 +20,9 @@ from jobs.problems import Problem, closest, problems_of, quoted, truth_values, w
 from pipeline.config import TokenizeConfig
 from tokenization.config import FitTokenizerConfig
 from training.config import SampleConfig, TrainConfig
+from training.evaluation.config import EvaluateConfig
 
-Spec = FitTokenizerConfig | TokenizeConfig | TrainConfig | SampleConfig
+Spec = FitTokenizerConfig | TokenizeConfig | TrainConfig | SampleConfig | EvaluateConfig
 KeyPath = tuple[str | int, ...]
 
 KINDS: dict[str, type[Spec]] = {
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Spec]] = {
     "tokenize": TokenizeConfig,
     "train": TrainConfig,
     "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
 }
 SPECS_DIR = Path(__file__).parent / "specs"
 GRID = "grid"

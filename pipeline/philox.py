@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     DROPOUT = 0x14
     REPLACEMENT = 0x15
     BETA_JITTER = 0x16
+    RESAMPLE = 0x17
 
 
 def philox4x32(counters: npt.NDArray[np.integer], *, key: tuple[int, int]) -> UInt32Array:

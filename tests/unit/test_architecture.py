@@ -22,6 +22,8 @@ LIGHT_MODULES = (
     "pipeline.config",
     "training",
     "training.config",
+    "training.evaluation",
+    "training.evaluation.config",
     "jobs",
     "jobs.cli",
     "jobs.spec",

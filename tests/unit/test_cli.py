@@ -33,7 +33,8 @@ def test_validate_tells_the_problems_of_all_files_and_ends_in_two(tmp_path: Path
     result = call("validate", str(first), str(shipped_spec("train_base")), str(second))
     assert result.exit_code == 2
     assert result.stderr.splitlines() == [
-        f"{first}:1: kind must be one of fit_tokenizer, tokenize, train, sample, got 'trian'; did you mean train?",
+        f"{first}:1: kind must be one of fit_tokenizer, tokenize, train, sample, evaluate, got 'trian'; "
+        "did you mean train?",
         f"{second}:6: sede is not a field; did you mean seed?",
     ]
     assert "train_base.yaml: a valid train spec" in result.stdout

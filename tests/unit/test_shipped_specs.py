@@ -14,7 +14,7 @@ SPECS = sorted(SPECS_DIR.glob("*.yaml"))
 
 
 def test_there_is_a_spec_of_every_kind() -> None:
-    assert {load_job(path).kind for path in SPECS} == {"fit_tokenizer", "tokenize", "train", "sample"}
+    assert {load_job(path).kind for path in SPECS} == {"fit_tokenizer", "tokenize", "train", "sample", "evaluate"}
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)

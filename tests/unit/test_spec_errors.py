@@ -111,12 +111,17 @@ def test_fields_of_a_union_member_get_suggestions_of_that_member(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "spec.yaml:1: the spec is empty; begin with kind: and one of fit_tokenizer, tokenize, train, sample"),
+        (
+            "",
+            "spec.yaml:1: the spec is empty; begin with kind: and one of fit_tokenizer, tokenize, train, sample, "
+            "evaluate",
+        ),
         ("- 1\n", "spec.yaml:1: a spec must be a mapping of fields, got [1]"),
-        ("run_dir: x\n", "spec.yaml:1: kind is required, one of fit_tokenizer, tokenize, train, sample"),
+        ("run_dir: x\n", "spec.yaml:1: kind is required, one of fit_tokenizer, tokenize, train, sample, evaluate"),
         (
             "# a comment\nkind: trian\n",
-            "spec.yaml:2: kind must be one of fit_tokenizer, tokenize, train, sample, got 'trian'; did you mean train?",
+            "spec.yaml:2: kind must be one of fit_tokenizer, tokenize, train, sample, evaluate, got 'trian'; "
+            "did you mean train?",
         ),
         (
             "kind: train\na: [1,\nb: 2\n",

@@ -1,0 +1,205 @@
+"""The `evaluate` job and its report: what it promises to write, resumption part by part, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_corpus import write_tiny_tokenizer
+from toy_evaluation import result_of, write_inputs, write_model
+
+from jobs.evaluation_report import evaluate_and_report
+from jobs.run import run_spec
+from pipeline.storage import ArtifactError, open_storage
+from tokenization.tokenizer import Tokenizer
+from training.evaluation.adm_npz import read_adm_npz
+from training.evaluation.config import EvaluateConfig
+from training.evaluation.evaluate import read_evaluation, run_evaluate
+from training.evaluation.features import load_features
+from training.evaluation.image_features import FeatureReader, reference_features
+from training.evaluation.real_images import choose_images, crop_images
+from training.evaluation.stages import Stages
+from training.sampling import sample_codes
+from training.weights import load_model
+
+LEFT = {"evaluation.json", "report.html", "samples.npz", "pictures.npz"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """An evaluation that ran to its end."""
+    config = write_inputs(tmp_path_factory.mktemp("evaluate"))
+    assert run_spec(config) == f"{config.run_dir}/report.html"
+    return config
+
+
+@pytest.fixture
+def copied(finished: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
+    """The same with a directory of its own."""
+    shutil.copytree(finished.run_dir, tmp_path / "evaluation")
+    return finished.model_copy(update={"run_dir": str(tmp_path / "evaluation")})
+
+
+def test_all_that_is_promised_is_written_and_agrees(finished: EvaluateConfig) -> None:
+    run_dir = Path(finished.run_dir)
+    assert {path.name for path in run_dir.iterdir() if path.is_file()} - {".lock", "spec.json"} == LEFT
+    result = read_evaluation(open_storage(finished.run_dir))
+    assert EvaluateConfig.model_validate(result["spec"]) == finished
+    assert (result["version"], result["weights"]["step"], result["weights"]["window_size"]) == (1, 7, 3)
+    assert result["reference"]["num_tuning"] + result["reference"]["num_report"] == 24
+    assert result["cost"] == {"backbone_calls_per_image": 16.0, "batch_size": 16}
+    assert [entry["guidance"] for entry in result["tuning"]] == [1.0, 3.0]
+    best = min(result["tuning"], key=lambda entry: entry["frechet_distance"])
+    assert result["sampler"]["guidance"] == best["guidance"]
+    assert result["flips"]["draft_policy"] == "coupled"
+    assert [len(result["flips"][name]) for name in ("of_position", "of_offset")] == [16, 3]
+    assert result["held_out"]["num_samples"] == 10
+    parts = result["held_out"]["differences"]
+    assert parts["gap"]["value"] == pytest.approx(parts["draft_shift"]["value"] + parts["interference"]["value"])
+    distance = result["measures"]["frechet_distance"]
+    counts = [distance[of]["num_samples"] for of in ("samples", "real", "decoded")]
+    assert counts[0] == counts[1] == counts[2]
+    assert distance["samples"]["value"] > distance["real"]["value"]
+    assert result["memorised"]["num_training_images"] == 24
+    headline = result["headline"]
+    assert headline["gap"] == {part: parts["gap"][part] for part in ("value", "low", "high")}
+    assert headline["frechet_distance_real"]["value"] == distance["real"]["value"]
+    assert headline["flip_rate"] == {"value": result["flips"]["flip_rate"]}
+    assert set(result["measures"]["label_score"]["top_1_of_class"]["samples"]) == {"0", "1", "2"}
+
+
+def test_the_samples_are_those_of_the_chosen_sampler_with_labels_in_proportion(finished: EvaluateConfig) -> None:
+    result = read_evaluation(open_storage(finished.run_dir))
+    model, _ = load_model(finished.weights)
+    labels = torch.tensor([0] * 5 + [1] * 4 + [2] * 5)  # 8 real images of each class, 14 samples
+    sampler = finished.sampler.model_copy(update={"guidance": result["sampler"]["guidance"]})
+    codes_NT = sample_codes(model, labels, config=sampler, seed=9).codes_NT
+    images = read_adm_npz(Path(finished.run_dir) / "samples.npz")
+    assert np.array_equal(images, Tokenizer.load(finished.tokenizer).decode(codes_NT.numpy()))
+    pictures = np.load(Path(finished.run_dir) / "pictures.npz")
+    assert np.array_equal(pictures["grid"], images[[0, 1, 2, 9, 10, 11]])  # the two most frequent classes
+    assert np.array_equal(pictures["strips"][:, -1], images[[0, 9, 1]])  # refined to the end
+    assert pictures["nearest_training"].shape == (4, 16, 16, 3)
+    control, _ = load_model(str(finished.control.weights)) if finished.control else (model, None)
+    shown = torch.tensor([0, 1, 2, 9, 10, 11])
+    control_codes = sample_codes(control, labels[shown], config=sampler, seed=9, sample_counters_N=shown).codes_NT
+    expected = Tokenizer.load(finished.tokenizer).decode(control_codes.numpy())
+    assert np.array_equal(pictures["control_grid"], expected)
+
+
+def test_a_finished_job_does_nothing(finished: EvaluateConfig) -> None:
+    files = {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob("*") if path.is_file()}
+    evaluate_and_report(finished)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_what_is_missing_is_made_again_and_nothing_else(finished: EvaluateConfig, copied: EvaluateConfig) -> None:
+    run_dir = Path(copied.run_dir)
+    lost = [
+        "evaluation.json",
+        "report.html",
+        "pictures.npz",
+        "stages/samples/00000.npz",
+        "stages/measures/manifold.json",
+    ]
+    for name in lost:
+        (run_dir / name).unlink()
+    (run_dir / "stages" / ".staged-reference-1-aa").write_bytes(b"half")
+    kept = {path: path.stat().st_mtime_ns for path in (run_dir / "stages").rglob("*.npz")}
+    evaluate_and_report(copied)
+    assert result_of(copied) == result_of(finished)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not list(run_dir.rglob(".staged-*"))
+    assert np.array_equal(
+        np.load(run_dir / "pictures.npz")["strips"], np.load(Path(finished.run_dir) / "pictures.npz")["strips"]
+    )
+
+
+def test_another_spec_or_other_weights_in_the_same_directory_are_refused(
+    copied: EvaluateConfig, tmp_path: Path
+) -> None:
+    run_spec(copied.model_copy(update={"device": "auto"}))  # free
+    with pytest.raises(ArtifactError, match=r"these fields differ: seed \(there 9, in the spec 10\)"):
+        run_spec(copied.model_copy(update={"seed": 10}))
+    tokenizer = Tokenizer.load(copied.tokenizer)
+    trained_on = write_model(tmp_path / "trained-on.safetensors", tokenizer=tokenizer, window_size=3, seed=8)
+    with pytest.raises(ArtifactError, match="got another content of weights; set another run_dir"):
+        run_evaluate(copied.model_copy(update={"weights": str(trained_on)}))
+    (Path(copied.run_dir) / "evaluation.json").unlink()
+    with pytest.raises(ArtifactError, match="what it has begun with must not have changed since, but these have: spec"):
+        run_evaluate(copied.model_copy(update={"weights": str(trained_on)}))
+
+
+def test_the_report_is_whole_and_escapes_what_comes_from_the_corpus(copied: EvaluateConfig) -> None:
+    run_dir = Path(copied.run_dir)
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    result["class_names"] = ["<script>", "bear", "car"]
+    (run_dir / "evaluation.json").write_text(json.dumps(result))
+    (run_dir / "report.html").unlink()
+    evaluate_and_report(copied)
+    page = (run_dir / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "http://www.w3.org" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "").replace(
+        'xmlns:xlink="http://www.w3.org/1999/xlink"', ""
+    )
+    for title in ("Samples against real images", "Held-out prediction", "Refinement", "Nearest training images"):
+        assert title in page
+    assert page.count("<svg") == 5
+    assert page.count("data:image/png") >= 6 + 6 + 9 + 8  # grid, control, strips, pairs
+
+
+def test_a_model_without_windows_or_control_is_evaluated_as_well(finished: EvaluateConfig, tmp_path: Path) -> None:
+    assert finished.control is not None
+    alone = finished.model_copy(
+        update={
+            "run_dir": str(tmp_path / "alone"),
+            "weights": finished.control.weights,
+            "control": None,
+            "training_set": None,
+            "tuning": None,
+        }
+    )
+    evaluate_and_report(alone)
+    result = result_of(alone)
+    assert (result["control"], result["memorised"], result["tuning"]) == (None, None, None)
+    assert result["flips"]["flip_rate"] is None
+    assert result["held_out"]["differences"]["draft_shift"]["value"] == 0.0
+    # The reference, its halves and its floors are those of every other job over the corpus.
+    for of in ("real", "decoded"):
+        theirs = result_of(finished)["measures"]["frechet_distance"][of]
+        assert result["measures"]["frechet_distance"][of] == theirs
+
+
+def test_inputs_that_do_not_belong_together_are_refused(finished: EvaluateConfig, tmp_path: Path) -> None:
+    foreign = write_tiny_tokenizer(tmp_path / "foreign.safetensors", seed=1)
+    config = finished.model_copy(
+        update={
+            "run_dir": str(tmp_path / "refused"),
+            "tokenizer": finished.tokenizer.model_copy(update={"weights": str(foreign)}),
+        }
+    )
+    with pytest.raises(ArtifactError, match="tokenizer weights_sha256 must be that of training"):
+        run_evaluate(config)
+
+
+def test_a_half_of_the_reference_holds_its_images_and_what_their_codes_decode_to(
+    finished: EvaluateConfig, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.load(finished.tokenizer)
+    features = load_features("efficientnet-lite0", device="cpu")
+    reader = FeatureReader(features, cache_dir=finished.features.cache_dir)
+    reference = reference_features(
+        Stages(open_storage(str(tmp_path))), finished.reference, tokenizer=tokenizer, reader=reader, s3=finished.s3
+    )
+    chosen = [image for image in choose_images(finished.reference, s3=finished.s3) if image.in_report_half]
+    assert reference.report.labels_N.tolist() == [image.label for image in chosen]
+    pixels_NHWC, _ = crop_images(chosen[:3], image_size_px=16)
+    decoded_NHWC = tokenizer.decode(tokenizer.encode(pixels_NHWC))
+    expected = features.extract(np.concatenate([pixels_NHWC, decoded_NHWC]))
+    np.testing.assert_allclose(reference.report.real_NF[:3], expected[:3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reference.report.decoded_NF[:3], expected[3:], rtol=1e-4, atol=1e-5)

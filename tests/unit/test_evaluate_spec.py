@@ -1,0 +1,54 @@
+"""An evaluate spec: what it refuses, with the line, and that a headline has what a table of many needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.evaluation_report import told
+from jobs.spec import SpecError, load_spec, shipped_spec
+from training.evaluation.config import EvaluateConfig
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("features.network=vgg", "features.network must be one of efficientnet-lite0, inception-v3, got 'vgg'"),
+        ("tuning={}", "tuning must name values of at least one of temperature, top_k, top_p, guidance"),
+        ("tuning.top_p=[0.9, 1.5]", "tuning.top_p.1 must be at most 1"),
+        ("reference.num_images=3", "reference.num_images must be at least 8, got 3"),
+        ("held_out.num_sample=3", "held_out.num_sample is not a field; did you mean num_samples?"),
+    ],
+)
+def test_what_is_wrong_with_a_spec_is_told_in_plain_words(override: str, problem: str) -> None:
+    with pytest.raises(SpecError, match=problem.replace("?", r"\?")):
+        load_spec(shipped_spec("evaluate_tensorar"), [override])
+
+
+def test_the_shipped_spec_tunes_and_has_a_control() -> None:
+    spec = load_spec(shipped_spec("evaluate_tensorar"))
+    assert isinstance(spec, EvaluateConfig)
+    assert spec.control is not None
+    assert spec.tuning is not None
+    assert len(spec.tuning.samplers(spec.sampler)) == 4
+    assert Path(spec.run_dir).parts[:2] == Path(spec.weights).parts[:2] == ("runs", "demo")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (193.17, "193"),
+        (96.857, "96.9"),
+        (3.4495, "3.45"),
+        (0.17969, "0.180"),
+        (-0.0312, "-0.0312"),
+        (0.00041, "0.0004"),
+        (0.0, "0.000"),
+    ],
+)
+def test_numbers_are_told_with_three_digits(value: float, expected: str) -> None:
+    assert told({"value": value, "low": value, "high": value}) == {
+        "value": expected,
+        "range": f"{expected} to {expected}",
+    }

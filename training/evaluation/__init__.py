@@ -1,0 +1,1 @@
+"""Evaluation: what generated images are worth, as pure functions of their features."""

@@ -1,0 +1,176 @@
+"""What an `evaluate` job is, as validated values.
+
+Light: imports no torch, ray or deepspeed. Everything here is [ours]; the measures' own sources stand with them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from pipeline.config import S3Config, Seed, SourceConfig
+from tokenization.config import Config, TokenizerConfig
+from training.config import DType, NoiseConfig, SamplerConfig
+
+MIN_HALF = 4
+"""Images that a half of the reference must hold: precision looks at third neighbours, intervals at halves."""
+
+
+FREE_FIELDS = ("device", "features.cache_dir", "s3")
+"""Fields that a rerun in the same directory may change."""
+
+
+class ControlConfig(Config):
+    """The model that the evaluated one is held against: the same base, trained on for as many steps without windows."""
+
+    weights: str
+    """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
+    use_ema: bool = False
+    """Whether to take the run's moving average of the weights."""
+    sampler: SamplerConfig | None = None
+    """How its pictures beside the model's are drawn; none is as the model's own, without what that says of
+    drafts where the control has none. Measures of its samples need a job of its own."""
+
+
+class HeldOutConfig(Config):
+    """Codes that the model has not seen, and how many of them are scored."""
+
+    shards: str
+    """Directory or s3:// URL of a held-out shard set."""
+    num_samples: PositiveInt = 1024
+    """Samples scored, spread evenly over the set; all where it has fewer."""
+
+
+class ReferenceConfig(Config):
+    """The real images that samples are compared with, in two halves: one to tune by, one to report against."""
+
+    source: SourceConfig
+    """A corpus as in a tokenize spec; images are cropped as the tokenizer's are."""
+    num_images: Annotated[int, Field(ge=2 * MIN_HALF)] = 10_000
+    """Images taken, those whose names hash lowest; all where there are fewer."""
+    group_field: str | None = None
+    """Field of a sample's JSON that says which images belong together, such as the concept they show, so that a group
+    is never in both halves; none is the sample's own name."""
+    group_separator: str | None = None
+    """Only what stands before it in the group counts: `-` puts `1f600-noto` and `1f600-fluent` together."""
+
+
+class TrainingSetConfig(Config):
+    """Where memorised samples are looked for: the codes that the model was trained on."""
+
+    shards: str
+    """Directory or s3:// URL of the training shard set; its codes are decoded."""
+    num_samples: PositiveInt | None = None
+    """Samples looked at, spread evenly over the set; none is all. Each is compared with all others, so the
+    time grows with the square."""
+    num_views: PositiveInt = 1
+    """Views of each that are looked at, from the first on; more than the set has is all."""
+
+
+class FeaturesConfig(Config):
+    """The network whose features stand for an image: one that the tokenizer was not trained with."""
+
+    network: Literal["efficientnet-lite0", "inception-v3"] = "efficientnet-lite0"
+    """`efficientnet-lite0` (the extra `evaluate`), or `inception-v3`, that of published FIDs (torch-fidelity's)."""
+    weights: str | None = None
+    """File of its weights; none is the one that the package brings, which only `efficientnet-lite0` has."""
+    cache_dir: str | None = None
+    """Local directory where features of real images are kept by their content, for all jobs that name it; none."""
+
+
+class TuningConfig(Config):
+    """Values of the sampler to try; every combination is judged by Frechet distance to the tuning half."""
+
+    temperature: tuple[NonNegativeFloat, ...] = ()
+    """None tried: the sampler's own, here and below."""
+    top_k: tuple[NonNegativeInt, ...] = ()
+    top_p: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
+    guidance: tuple[NonNegativeFloat, ...] = ()
+    draft_temperature: tuple[PositiveFloat, ...] = ()
+    num_samples: Annotated[int, Field(ge=MIN_HALF)] = 500
+    """Samples drawn for each combination; the same labels and seeds for all."""
+
+    @model_validator(mode="after")
+    def _check_something_is_tried(self) -> TuningConfig:
+        if not self.tried:
+            raise ValueError(
+                "tuning must name values of at least one of temperature, top_k, top_p, guidance and draft_temperature, "
+                "got none; give some or remove tuning"
+            )
+        return self
+
+    @property
+    def tried(self) -> dict[str, tuple[float, ...]]:
+        """The fields of the sampler that vary, each with its values."""
+        names = ("temperature", "top_k", "top_p", "guidance", "draft_temperature")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    def samplers(self, sampler: SamplerConfig) -> list[SamplerConfig]:
+        """Every combination laid over `sampler`, the last field varying fastest."""
+        names = list(self.tried)
+        return [
+            SamplerConfig.model_validate(sampler.model_dump() | dict(zip(names, values, strict=True)))
+            for values in product(*self.tried.values())
+        ]
+
+
+class BootstrapConfig(Config):
+    """How intervals are made: the measure over and over, on other draws of the same images."""
+
+    num_resamples: Annotated[int, Field(ge=2)] = 100
+    """Times a measure is taken again; intervals hold the middle 95 %."""
+    min_per_class: Annotated[int, Field(ge=MIN_HALF)] = 10
+    """Samples, and real images of the report half, that a class must have for measures of its own."""
+
+
+class ShownConfig(Config):
+    """What the report shows."""
+
+    num_labels: NonNegativeInt = 8
+    """Classes of the grids, the most frequent ones of the reference."""
+    num_per_label: PositiveInt = 6
+    """Pictures of each."""
+    num_strips: NonNegativeInt = 8
+    """Samples whose refinements are decoded."""
+    num_nearest: NonNegativeInt = 12
+    """Samples nearest to a training image, shown beside it."""
+
+
+class EvaluateConfig(Config):
+    """`kind: evaluate`: a model in, what it is worth out, beside a control and beside real images."""
+
+    kind: Literal["evaluate"]
+    run_dir: str
+    """Directory or s3:// URL of the results: evaluation.json, report.html, samples.npz, pictures.npz, stages/."""
+    weights: str
+    """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
+    use_ema: bool = False
+    """Whether to take the run's moving average of the weights."""
+    control: ControlConfig | None = None
+    tokenizer: TokenizerConfig
+    held_out: HeldOutConfig
+    noise: NoiseConfig = NoiseConfig()
+    """Noise of the held-out windows: schedule, end_point and coupling. The same for all models that are compared,
+    however each was trained."""
+    reference: ReferenceConfig
+    training_set: TrainingSetConfig | None = None
+    """None: memorised samples are not looked for."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How samples are drawn; `tuning` lays its winner over it."""
+    tuning: TuningConfig | None = None
+    num_samples: Annotated[int, Field(ge=MIN_HALF)] = 1000
+    """Samples measured, their labels in proportion to the reference's. As many as a half of the reference holds make
+    the distances comparable with their floors."""
+    features: FeaturesConfig = FeaturesConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    shown: ShownConfig = ShownConfig()
+    batch_size: PositiveInt = 64
+    """Samples drawn, scored and committed together."""
+    dtype: DType = "float32"
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
+    seed: Seed = 0
+    """Seed of all draws: noise, own drafts, samples, resamples."""
+    s3: S3Config = S3Config()

@@ -1,0 +1,131 @@
+"""The real images of an evaluation: which ones of a corpus, in which half, and their pixels.
+
+Invariant: the choice depends on the images' names alone, not on their order, the seed or the machine, so that every job
+over a corpus is measured on the same images. One pass over the corpus; the bytes of the chosen ones are held, the
+pixels of a batch at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import S3Config
+from pipeline.sources.registry import make_source
+from pipeline.sources.sample import InputSample
+from pipeline.storage import ArtifactError
+from tokenization.config import ViewsConfig
+from tokenization.crops import make_views
+from tokenization.decoding import decode_image
+from tokenization.image_rejection import ImageRejectedError
+from training.evaluation.config import ReferenceConfig
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = -1
+MAX_IMAGE_PIXELS = 100_000_000
+"""Images with more are rejected before they are decoded, as in a tokenize job."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RealImage:
+    """One image that was chosen, not decoded yet."""
+
+    name: str
+    """Work unit and the input's own name."""
+    label: int
+    """`NO_LABEL` where it has none."""
+    in_report_half: bool
+    """Whether it is reported against; the others are tuned by."""
+    data: bytes
+    """Its file."""
+
+
+def choose_images(config: ReferenceConfig, *, s3: S3Config) -> list[RealImage]:
+    """Return the images of a corpus whose names hash lowest, in that order.
+
+    Raises:
+        ArtifactError: the corpus is missing or damaged, or has no images.
+    """
+    source = make_source(config.source, s3=s3)
+    chosen: list[tuple[int, str, RealImage]] = []  # a heap whose first has the highest hash
+    for unit in source.plan().units:
+        for sample in source.read(unit):
+            if sample.problem is not None:
+                continue
+            name = f"{unit.unit_index}/{sample.source}"
+            place = -_hash(f"image {name}")
+            if len(chosen) == config.num_images and place <= chosen[0][0]:
+                continue
+            heapq.heappush(chosen, (place, name, _taken(sample, name=name, config=config)))
+            if len(chosen) > config.num_images:
+                heapq.heappop(chosen)
+    if not chosen:
+        raise ArtifactError("evaluate: reference.source must hold images, got none; check its paths")
+    return [image for _, _, image in sorted(chosen, key=lambda entry: (-entry[0], entry[1]))]
+
+
+def _taken(sample: InputSample, *, name: str, config: ReferenceConfig) -> RealImage:
+    group = _group_of(sample, config=config)
+    return RealImage(
+        name=name,
+        label=NO_LABEL if sample.label is None else sample.label,
+        in_report_half=is_in_report_half(group),
+        data=sample.data,
+    )
+
+
+def is_in_report_half(group: str) -> bool:
+    """Return the half that a group of images is in: a bit of its hash."""
+    return _hash(f"half {group}") & 1 == 1
+
+
+def _group_of(sample: InputSample, *, config: ReferenceConfig) -> str:
+    group = sample.source
+    if config.group_field is not None:
+        if config.group_field not in sample.extra:
+            raise ArtifactError(
+                f"evaluate: reference.group_field must be a field of every sample, but {sample.source} has only "
+                f"{', '.join(sample.extra) or 'none'}, got {config.group_field!r}; name one of them"
+            )
+        group = str(sample.extra[config.group_field])
+    return group if config.group_separator is None else group.split(config.group_separator, 1)[0]
+
+
+def digest_of_images(images: Sequence[RealImage]) -> str:
+    """Return the hex sha256 of the names, halves, labels and bytes of images."""
+    digest = hashlib.sha256()
+    for image in images:
+        head = (image.name, image.label, image.in_report_half, len(image.data))
+        digest.update(ascii(head).encode())
+        digest.update(image.data)
+    return digest.hexdigest()
+
+
+def crop_images(
+    images: Sequence[RealImage], *, image_size_px: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return the pixels of images, (N, size, size, 3) uint8, cropped as the tokenizer's, and their places in `images`.
+
+    Images that cannot be decoded are left out, and logged with their reason.
+    """
+    pixels, places = [np.empty((0, image_size_px, image_size_px, 3), dtype=np.uint8)], []
+    for place, image in enumerate(images):
+        try:
+            decoded = decode_image(image.data, max_pixels=MAX_IMAGE_PIXELS)
+            pixels.append(make_views(decoded, config=ViewsConfig(), image_size_px=image_size_px).images_VHWC)
+        except ImageRejectedError as error:
+            logger.warning("evaluate image=%s rejected reason=%s", image.name, error.reason)
+            continue
+        places.append(place)
+    return np.concatenate(pixels), np.array(places, dtype=np.int64)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
