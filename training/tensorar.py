@@ -12,6 +12,7 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,15 +106,23 @@ class InputEncoder(nn.Module):
             embedding: the base model's table of codes.
         """
         codes_MK = windows_BTK.masked_fill(~valid_TK, -1).flatten(0, 1)
-        score_weight_ND = self.key_norm(self.attention.score_weight(self.query_norm(self.query))[0])
-        value_weight_DD = self.attention.wv(self.key_norm(torch.ones_like(self.query[0])))
-        value_weight_NHD = value_weight_DD.view(self.attention.heads, -1, value_weight_DD.shape[1])
-        weights = (self.offset_embeddings, score_weight_ND, value_weight_NHD)
+        weights = self.attention_weights()
         if has_tables(codebook_size=embedding.num_embeddings, num_windows=len(codes_MK)):
             attended_MD = embedding(codes_MK, attend_by_tables, *weights)
         else:
             attended_MD = embedding(codes_MK, self.mix_and_project, *weights)
-        h = embedding(windows_BTK[..., 0]) + self.attention.wo(attended_MD).view(*windows_BTK.shape[:2], -1)
+        return self.encode(embedding(windows_BTK[..., 0]), attended_MD)
+
+    def attention_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What windows are attended with beside the table of codes, as `training.mixing` takes it."""
+        score_weight_ND = self.key_norm(self.attention.score_weight(self.query_norm(self.query))[0])
+        value_weight_DD = self.attention.wv(self.key_norm(torch.ones_like(self.query[0])))
+        value_weight_NHD = value_weight_DD.view(self.attention.heads, -1, value_weight_DD.shape[1])
+        return self.offset_embeddings, score_weight_ND, value_weight_NHD
+
+    def encode(self, embedded_BTD: Tensor, attended_MD: Tensor) -> Tensor:
+        """Encoded windows (B, T, D) from the codes at offset 0 and what the query takes from each window."""
+        h = embedded_BTD + self.attention.wo(attended_MD).view(embedded_BTD.shape)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
@@ -121,6 +130,18 @@ class InputEncoder(nn.Module):
 def has_tables(*, codebook_size: int, num_windows: int) -> bool:
     """Whether the input encoder projects every code of the table, and not every window: whichever are fewer."""
     return codebook_size < num_windows
+
+
+@dataclass(frozen=True)
+class DecoderConstants:
+    """What the output decoder's attention takes from its queries alone."""
+
+    score_weight_CD: Tensor
+    """C = K N."""
+    threshold_KN: Tensor
+    """Score at which a state gets half of the attention."""
+    constant_KNH: Tensor
+    """What each query takes from the queries."""
 
 
 class OutputDecoder(nn.Module):
@@ -139,27 +160,40 @@ class OutputDecoder(nn.Module):
         self.attention = WindowAttention(config)
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
 
-    def forward(self, h_BTD: Tensor, scored: Scored | None = None) -> Tensor:
-        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed."""
-        heads = self.attention.heads
-        queries_KD, states_BTD = self.query_norm(self.queries), self.state_norm(h_BTD)
-        score_weight_KND = self.attention.score_weight(queries_KD)
-        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).float()
-        shares_KNK = own_KNK.softmax(-1).to(h_BTD.dtype)
-        constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
-        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).float()
-        scores_BTKN = scores.view(*scores.shape[:-1], -1, heads)
-        gate = torch.sigmoid(scores_BTKN - own_KNK.logsumexp(-1)).to(h_BTD.dtype)
+    def forward(
+        self, h_BTD: Tensor, scored: Scored | None = None, *, constants: DecoderConstants | None = None
+    ) -> Tensor:
+        """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed.
+
+        `constants` are those of `self.constants()`, where the weights stay as they are.
+        """
+        known = self.constants() if constants is None else constants
+        states_BTD = self.state_norm(h_BTD)
+        scores = (states_BTD @ known.score_weight_CD.transpose(0, 1)).float()
+        scores_BTKN = scores.view(*scores.shape[:-1], -1, self.attention.heads)
+        gate = torch.sigmoid(scores_BTKN - known.threshold_KN).to(h_BTD.dtype)
         values_BTNH = self.attention.values(states_BTD)
         if scored is None:
-            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], constant_KNH
+            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], known.constant_KNH
         else:
             h, values = (scored.of_position(x) for x in (h_BTD, values_BTNH))
-            gate, constant = scored.of_prediction(gate), scored.of_offset(constant_KNH)
+            gate, constant = scored.of_prediction(gate), scored.of_offset(known.constant_KNH)
         attended = constant + gate[..., None] * (values - constant)
         z = h + self.attention.wo(attended.flatten(-2))
         out: Tensor = z + self.feed_forward(self.ffn_norm(z))
         return out
+
+    def constants(self) -> DecoderConstants:
+        """What does not depend on the backbone's states."""
+        queries_KD = self.query_norm(self.queries)
+        score_weight_KND = self.attention.score_weight(queries_KD)
+        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).float()
+        shares_KNK = own_KNK.softmax(-1).to(self.queries.dtype)
+        return DecoderConstants(
+            score_weight_CD=score_weight_KND.flatten(0, 1),
+            threshold_KN=own_KNK.logsumexp(-1),
+            constant_KNH=torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD)),
+        )
 
 
 class TensorAR(nn.Module):
