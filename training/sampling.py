@@ -18,8 +18,8 @@ from torch import Tensor
 from training.config import ModelConfig, SamplerConfig
 from training.frozen import FrozenModel
 from training.gpt import evaluation_mode
-from training.speculation import speculate
-from training.steps import sample_in_steps
+from training.speculation import Speculation
+from training.steps import Stepping
 from training.tensorar import TensorAR
 
 
@@ -71,16 +71,17 @@ def sample_codes(
     num_samples = labels_N.numel()
     counters_N = torch.arange(num_samples) if sample_counters_N is None else sample_counters_N
     size = batch_size or num_samples
+    make = Speculation if config.windows_per_call > 1 else Stepping
     windows, calls, num_calls = [], [], 0
     with evaluation_mode(model):
         frozen = FrozenModel(model, num_windows=num_samples * model.config.num_positions)
         for start in range(0, num_samples, size):
             labels_B, counters_B = (x[start : start + size].to(frozen.device) for x in (labels_N, counters_N))
-            sample = speculate if config.windows_per_call > 1 else sample_in_steps
-            made = sample(frozen, labels_B, counters_B, config=config, seed=seed)
-            windows.append(made.windows_BTK.cpu())
-            calls.append(made.calls_B.cpu())
-            num_calls += made.num_backbone_calls
+            sampler = make(frozen, labels_B, counters_B, config=config, seed=seed)
+            while sampler.advance():
+                num_calls += 1
+            windows.append(sampler.windows_BTK[:, : model.config.num_positions].cpu())
+            calls.append(sampler.calls_B.cpu())
             if progress is not None:
                 progress(start + len(labels_B))
     windows_NTK = torch.cat(windows)

@@ -22,19 +22,6 @@ from training.drawing import Cell, draw_windows, guessed_cells, predicted_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache, positions_from
 from training.guidance import guide, num_guided_positions
-from training.steps import SampledWindows
-
-
-def speculate(
-    frozen: FrozenModel, labels_B: Tensor, counters_B: Tensor, *, config: SamplerConfig, seed: int
-) -> SampledWindows:
-    """Windows of one batch, `config.windows_per_call` a call; arguments as in `training.sampling.sample_codes`."""
-    state = _Speculation(frozen, labels_B, counters_B, config=config, seed=seed)
-    num_calls = 0
-    while state.advance():
-        num_calls += 1
-    windows_BTK = state.windows_BTK[:, : frozen.config.num_positions]
-    return SampledWindows(windows_BTK=windows_BTK, calls_B=state.calls_B, num_backbone_calls=num_calls)
 
 
 class _Rows:
@@ -55,8 +42,11 @@ class _Rows:
             self.sample_R, self.is_null_R = self.sample_R[order], self.is_null_R[order]
 
 
-class _Speculation:
-    """Where each sample of a batch is, and the call that brings all of them on."""
+class Speculation:
+    """Where each sample of a batch is, and the call that brings all of them on.
+
+    Arguments as in `training.sampling.sample_codes`; `config.windows_per_call` windows a call.
+    """
 
     def __init__(
         self, frozen: FrozenModel, labels_B: Tensor, counters_B: Tensor, *, config: SamplerConfig, seed: int
@@ -75,7 +65,7 @@ class _Speculation:
             num_spare=self.most,
         )
         self.windows_BTK = labels_B.new_zeros(len(labels_B), self.num_positions + 2 * self.most, self.window_size)
-        """Windows that are known, then guesses."""
+        """Windows that are known, then guesses; 0 beyond the image."""
         self.num_known_B = torch.zeros_like(labels_B)
         self.calls_B = torch.zeros_like(labels_B)
 

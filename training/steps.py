@@ -8,8 +8,6 @@ B batch, K window_size, R logit rows, S stride, T positions, V codebook_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,64 +18,60 @@ from training.gpt import KeyValueCache
 from training.guidance import guide, num_guided_positions
 
 
-@dataclass(frozen=True)
-class SampledWindows:
-    """What a sampler made of one batch, on the model's device."""
+class Stepping:
+    """Where a batch is, and the call that brings it on; arguments as in `training.sampling.sample_codes`."""
 
-    windows_BTK: Tensor
-    """int64: window t as the model read it, code t and drafts of the codes after it; 0 beyond the image. The last one
-    is never read."""
-    calls_B: Tensor
-    """int64, backbone calls that each sample took part in."""
-    num_backbone_calls: int
-
-
-def sample_in_steps(
-    frozen: FrozenModel, labels_B: Tensor, counters_B: Tensor, *, config: SamplerConfig, seed: int
-) -> SampledWindows:
-    """Windows of one batch in T / stride backbone calls; arguments as in `training.sampling.sample_codes`."""
-    num_samples, num_positions, window_size = len(labels_B), frozen.config.num_positions, frozen.config.window_size
-    num_guided = num_guided_positions(config, num_positions=num_positions)
-    windows_BTK = labels_B.new_zeros(num_samples, num_positions, window_size)
-    cache = KeyValueCache(
-        frozen.config,
-        batch_size=num_samples * (2 if num_guided else 1),
-        dtype=frozen.dtype,
-        device=frozen.device,
-    )
-    steps = range(0, num_positions, config.stride)
-    for step in steps:
-        if step >= num_guided and cache.batch_size > num_samples:
-            cache.keep(torch.arange(cache.batch_size, device=frozen.device) < num_samples)
-        last_BSK = windows_BTK[:, max(0, step - config.stride) : step]
-        logits_BKV = _step_logits(frozen, labels_B, last_BSK, step=step, cache=cache, config=config)
-        stop = min(step + config.stride, num_positions)
-        windows_BTK[:, step:stop] = draw_windows(
-            logits_BKV,
-            kept_cells(config, window_size=window_size, num_windows=stop - step),
-            config=frozen.config,
-            seed=seed,
-            sample_counters_B=counters_B,
-            first_positions_B=torch.full_like(counters_B, step),
+    def __init__(
+        self, frozen: FrozenModel, labels_B: Tensor, counters_B: Tensor, *, config: SamplerConfig, seed: int
+    ) -> None:
+        self.frozen, self.config, self.seed = frozen, config, seed
+        self.labels_B, self.counters_B = labels_B, counters_B
+        self.num_positions, self.window_size = frozen.config.num_positions, frozen.config.window_size
+        self.num_guided = num_guided_positions(config, num_positions=self.num_positions)
+        self.cache = KeyValueCache(
+            frozen.config,
+            batch_size=len(labels_B) * (2 if self.num_guided else 1),
+            dtype=frozen.dtype,
+            device=frozen.device,
         )
-    return SampledWindows(
-        windows_BTK=windows_BTK,
-        calls_B=torch.full_like(labels_B, len(steps)),
-        num_backbone_calls=len(steps),
-    )
+        self.windows_BTK = labels_B.new_zeros(len(labels_B), self.num_positions, self.window_size)
+        """Window t as the model reads it, code t and drafts of the codes after it; 0 beyond the image."""
+        self.calls_B = torch.zeros_like(labels_B)
+        self.step = 0
+        """Position that is predicted next."""
 
+    def advance(self) -> bool:
+        """One backbone call; false, and no call, where all codes are final."""
+        step, stop = self.step, min(self.step + self.config.stride, self.num_positions)
+        if step == stop:
+            return False
+        if step >= self.num_guided and self._is_guided():
+            self.cache.keep(torch.arange(self.cache.batch_size, device=self.frozen.device) < len(self.labels_B))
+        self.windows_BTK[:, step:stop] = draw_windows(
+            self._logits(),
+            kept_cells(self.config, window_size=self.window_size, num_windows=stop - step),
+            config=self.frozen.config,
+            seed=self.seed,
+            sample_counters_B=self.counters_B,
+            first_positions_B=torch.full_like(self.counters_B, step),
+        )
+        self.calls_B += 1
+        self.step = stop
+        return True
 
-def _step_logits(
-    frozen: FrozenModel, labels_B: Tensor, last_BSK: Tensor, *, step: int, cache: KeyValueCache, config: SamplerConfig
-) -> Tensor:
-    """Guided logits (B, K, V) of one step, in float32 or wider; `last_BSK` are the windows since the step before."""
-    guided = cache.batch_size > len(labels_B)
-    if step == 0:
-        null_B = torch.full_like(labels_B, frozen.null_label)
-        x_BLD = frozen.embed_labels(torch.cat([labels_B, null_B]) if guided else labels_B)
-    else:
-        x_BLD = frozen.embed_windows(last_BSK, start=step - last_BSK.shape[1])
-        x_BLD = x_BLD.repeat(2, 1, 1) if guided else x_BLD
-    h_BLD = frozen.read(x_BLD, start=step + 1 - x_BLD.shape[1], cache=cache)
-    logits_BKV = frozen.predict(h_BLD[:, -1:])[:, 0]
-    return guide(*logits_BKV.chunk(2), scale=config.guidance) if guided else logits_BKV
+    def _is_guided(self) -> bool:
+        return self.cache.batch_size > len(self.labels_B)
+
+    def _logits(self) -> Tensor:
+        """Guided logits (B, K, V) of the next position, in float32 or wider."""
+        frozen, guided = self.frozen, self._is_guided()
+        if self.step == 0:
+            null_B = torch.full_like(self.labels_B, frozen.null_label)
+            x_BLD = frozen.embed_labels(torch.cat([self.labels_B, null_B]) if guided else self.labels_B)
+        else:
+            start = self.step - self.config.stride
+            x_BLD = frozen.embed_windows(self.windows_BTK[:, start : self.step], start=start)
+            x_BLD = x_BLD.repeat(2, 1, 1) if guided else x_BLD
+        h_BLD = frozen.read(x_BLD, start=self.step + 1 - x_BLD.shape[1], cache=self.cache)
+        logits_BKV = frozen.predict(h_BLD[:, -1:])[:, 0]
+        return guide(*logits_BKV.chunk(2), scale=self.config.guidance) if guided else logits_BKV
