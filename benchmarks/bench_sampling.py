@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, SamplerConfig
-from training.drawing import draw_codes, gumbel_draws
+from training.drawing import Draws, draw_cells, draw_codes, gumbel_draws, predicted_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache, evaluation_mode
 from training.sampling import sample_codes
@@ -40,6 +40,7 @@ def random_model(shape: dict[str, Any], *, window_size: int, dtype: torch.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=STD)
+    model.use_native_ops()
     return model
 
 
@@ -66,16 +67,21 @@ def parts_of(model: TensorAR, *, batch_size: int, guidance: float) -> dict[str, 
     states = x[:, :, None] if decoder is None else decoder(x)
     logits = model.base.head(states[:batch_size])[:, 0].float()
     config, counters = SamplerConfig(guidance=guidance), torch.arange(batch_size)
+    cells = predicted_cells(config, window_size=window_size)
     positions, streams = torch.arange(window_size) + 128, torch.arange(window_size)
     draw = {"seed": 0, "sample_counters_B": counters}
+    tabled = FrozenModel(model, num_windows=10**6)
     parts: dict[str, Callable[[], object]] = {
+        "embed_by_tables": lambda: tabled.embed_windows(windows, start=128),
+        "make_frozen": lambda: FrozenModel(model, num_windows=1),
         "embed": lambda: frozen.embed_windows(windows, start=128),
         "backbone": lambda: frozen.read(x, start=128, cache=cache),
         "head": lambda: model.base.head(states),
         "gumbels": lambda: gumbel_draws(**draw, positions_J=positions, streams_J=streams, codebook_size=codebook_size),
-        "draw": lambda: draw_codes(logits, config=config, first_position=128, **draw),
+        "draw": lambda: draw_cells(logits, cells, Draws(0, counters, torch.full_like(counters, 128), "native")),
     }
     if decoder is not None:
+        parts["make_tables"] = lambda: FrozenModel(model, num_windows=10**6)
         parts["decoder"] = lambda: decoder(x, constants=frozen._constants)
     return parts
 

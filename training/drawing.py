@@ -12,19 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from training.config import ModelConfig, SamplerConfig
-from training.philox import Purpose, cell_of, draw_words
+from training.ops import sampling_uniforms
+from training.philox import Purpose, cell_of, draw_words, unit_interval
 
 MIN_TEMPERATURE = 1e-5
 WORDS_PER_CALL = 4
 CALLS_AT_A_TIME = 2**14
 """Philox calls whose words are in cache together, on a CPU."""
 
+Ops = Literal["native", "reference"]
+"""Compiled (on a CPU), or plain torch: the same bits, more slowly."""
 Distinct = TypeVar("Distinct", bound=Hashable)
 
 
@@ -49,6 +52,20 @@ class Cell:
     stream: int
     """Stream of its draws."""
     rule: Rule
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which draws the samples of a batch get."""
+
+    seed: int
+    """In [0, 2**56)."""
+    sample_counters_B: Tensor
+    """int64."""
+    first_positions_B: Tensor
+    """int64, position of a cell whose `ahead` is 0."""
+    ops: Ops = "reference"
+    """What computes them."""
 
 
 def rule_of(config: SamplerConfig, *, offset: int) -> Rule:
@@ -116,85 +133,51 @@ def _stream_of(config: SamplerConfig, offset: int) -> int:
     return offset if config.draft_policy == "sampled" else 0
 
 
-def draw_windows(
-    logits_BRV: Tensor,
-    cells: Sequence[Cell],
-    *,
-    config: ModelConfig,
-    seed: int,
-    sample_counters_B: Tensor,
-    first_positions_B: Tensor,
-) -> Tensor:
+def draw_windows(logits_BRV: Tensor, cells: Sequence[Cell], draws: Draws, *, config: ModelConfig) -> Tensor:
     """Windows (B, number of them, K) of cells that go through them in order; 0 beyond the image.
 
     Args:
         logits_BRV: guided, float32 or wider.
         cells: what is drawn.
+        draws: and from which draws.
         config: of the model.
-        seed: in [0, 2**56).
-        sample_counters_B: int64.
-        first_positions_B: int64, position of a cell whose `ahead` is 0.
     """
-    ahead_C = torch.tensor([cell.ahead for cell in cells], device=first_positions_B.device)
-    outside_BC = first_positions_B[:, None] + ahead_C >= config.num_positions
+    ahead_C = torch.tensor([cell.ahead for cell in cells], device=logits_BRV.device)
+    outside_BC = draws.first_positions_B[:, None] + ahead_C >= config.num_positions
     inside = [index for index, is_outside in enumerate(outside_BC.all(0).tolist()) if not is_outside]
     codes_BC = torch.zeros_like(outside_BC, dtype=torch.int64)
-    codes_BC[:, inside] = draw_cells(
-        logits_BRV,
-        [cells[index] for index in inside],
-        seed=seed,
-        sample_counters_B=sample_counters_B,
-        first_positions_B=first_positions_B,
-    )
+    codes_BC[:, inside] = draw_cells(logits_BRV, [cells[index] for index in inside], draws)
     return codes_BC.masked_fill_(outside_BC, 0).view(len(codes_BC), -1, config.window_size)
 
 
-def draw_cells(
-    logits_BRV: Tensor, cells: Sequence[Cell], *, seed: int, sample_counters_B: Tensor, first_positions_B: Tensor
-) -> Tensor:
+def draw_cells(logits_BRV: Tensor, cells: Sequence[Cell], draws: Draws) -> Tensor:
     """Codes (B, C); arguments as in `draw_windows`."""
     distinct, cell_of_each = _distinct(cells)
-    codes_BC = sample_counters_B.new_empty(len(sample_counters_B), len(distinct))
+    codes_BC = draws.sample_counters_B.new_empty(len(logits_BRV), len(distinct))
     for rule in dict.fromkeys(cell.rule for cell in distinct):
         chosen = [index for index, cell in enumerate(distinct) if cell.rule == rule]
-        codes_BC[:, chosen] = _draw_by_rule(
-            logits_BRV,
-            [distinct[index] for index in chosen],
-            rule,
-            seed=seed,
-            sample_counters_B=sample_counters_B,
-            first_positions_B=first_positions_B,
-        )
+        codes_BC[:, chosen] = _draw_by_rule(logits_BRV, [distinct[index] for index in chosen], rule, draws)
     return codes_BC[:, cell_of_each]
 
 
-def _draw_by_rule(
-    logits_BRV: Tensor,
-    cells: Sequence[Cell],
-    rule: Rule,
-    *,
-    seed: int,
-    sample_counters_B: Tensor,
-    first_positions_B: Tensor,
-) -> Tensor:
+def _draw_by_rule(logits_BRV: Tensor, cells: Sequence[Cell], rule: Rule, draws: Draws) -> Tensor:
     rows, row_of_cell = _distinct([cell.row for cell in cells])
     chosen_BRV = _at(logits_BRV, rows)
     if rule.temperature == 0.0:
         return chosen_BRV.argmax(-1)[:, row_of_cell]
-    filtered_BRV = filter_logits(
-        chosen_BRV / max(rule.temperature, MIN_TEMPERATURE), top_k=rule.top_k, top_p=rule.top_p
-    )
-    draws, draw_of_cell = _distinct([(cell.ahead, cell.stream) for cell in cells])
-    ahead_G, streams_G = torch.tensor(draws, device=logits_BRV.device).unbind(-1)
+    if rule.temperature != 1.0:
+        chosen_BRV = chosen_BRV / max(rule.temperature, MIN_TEMPERATURE)
+    filtered_BRV = filter_logits(chosen_BRV, top_k=rule.top_k, top_p=rule.top_p)
+    counters, draw_of_cell = _distinct([(cell.ahead, cell.stream) for cell in cells])
+    ahead_G, streams_G = torch.tensor(counters, device=logits_BRV.device).unbind(-1)
     gumbels_BGV = gumbel_draws(
-        seed=seed,
-        sample_counters_B=sample_counters_B,
-        positions_J=first_positions_B[:, None] + ahead_G,
+        seed=draws.seed,
+        sample_counters_B=draws.sample_counters_B,
+        positions_J=draws.first_positions_B[:, None] + ahead_G,
         streams_J=streams_G,
         codebook_size=logits_BRV.shape[-1],
+        ops=draws.ops,
     )
-    if len(draws) == len(cells):
-        return gumbels_BGV.add_(_at(filtered_BRV, row_of_cell)).argmax(-1)
     return (_at(filtered_BRV, row_of_cell) + _at(gumbels_BGV, draw_of_cell)).argmax(-1)
 
 
@@ -221,17 +204,18 @@ def draw_codes(
         sample_counters_B: int64.
         first_position: of offset 0.
     """
-    return draw_cells(
-        logits_BJV,
-        predicted_cells(config, window_size=logits_BJV.shape[1]),
-        seed=seed,
-        sample_counters_B=sample_counters_B,
-        first_positions_B=torch.full_like(sample_counters_B, first_position),
-    )
+    draws = Draws(seed, sample_counters_B, torch.full_like(sample_counters_B, first_position))
+    return draw_cells(logits_BJV, predicted_cells(config, window_size=logits_BJV.shape[1]), draws)
 
 
 def gumbel_draws(
-    *, seed: int, sample_counters_B: Tensor, positions_J: Tensor, streams_J: Tensor, codebook_size: int
+    *,
+    seed: int,
+    sample_counters_B: Tensor,
+    positions_J: Tensor,
+    streams_J: Tensor,
+    codebook_size: int,
+    ops: Ops = "reference",
 ) -> Tensor:
     """Standard Gumbel variables (B, J, V) float32; argmax(log p + gumbel) is a draw from p.
 
@@ -241,27 +225,35 @@ def gumbel_draws(
         positions_J: int64, position of the code; (B, J) where it differs by sample.
         streams_J: int64, offset of the prediction, or 0 where draws are kept across refinements.
         codebook_size: V <= 2**18.
+        ops: what computes them.
     """
     shape = (len(sample_counters_B), len(streams_J))
-    samples, positions, streams = (
-        counters.expand(shape).flatten()[:, None] for counters in (sample_counters_B[:, None], positions_J, streams_J)
-    )
-    calls = torch.arange(math.ceil(codebook_size / WORDS_PER_CALL), device=samples.device)
-    gumbels = torch.empty(len(samples), len(calls), WORDS_PER_CALL, device=samples.device)
-    size = max(1, CALLS_AT_A_TIME // len(calls)) if samples.device.type == "cpu" else max(1, len(samples))
-    for start in range(0, len(samples), size):
+    counters = {
+        "samples_R": sample_counters_B[:, None].expand(shape).flatten(),
+        "positions_R": positions_J.expand(shape).flatten(),
+        "streams_R": streams_J.expand(shape).flatten(),
+    }
+    is_native = ops == "native" and sample_counters_B.device.type == "cpu"
+    make = sampling_uniforms if is_native else reference_sampling_uniforms
+    uniforms_RV = make(**counters, codebook_size=codebook_size, seed=seed)
+    return uniforms_RV.log_().neg_().log_().neg_().view(*shape, codebook_size)
+
+
+def reference_sampling_uniforms(
+    *, samples_R: Tensor, positions_R: Tensor, streams_R: Tensor, codebook_size: int, seed: int
+) -> Tensor:
+    """What `training.ops.sampling_uniforms` returns, in plain torch, on any device."""
+    calls = torch.arange(math.ceil(codebook_size / WORDS_PER_CALL), device=samples_R.device)
+    uniforms_RCW = torch.empty(len(samples_R), len(calls), WORDS_PER_CALL, device=samples_R.device)
+    size = max(1, CALLS_AT_A_TIME // len(calls) if samples_R.device.type == "cpu" else len(samples_R))
+    for start in range(0, len(samples_R), size):
         some = slice(start, start + size)
-        cells = cell_of(positions[some], calls)
-        words = draw_words(Purpose.SAMPLING, seed=seed, samples=samples[some], step=streams[some], cells=cells)
+        samples_R1, positions_R1, streams_R1 = (x[some, None] for x in (samples_R, positions_R, streams_R))
+        cells = cell_of(positions_R1, calls)
+        words = draw_words(Purpose.SAMPLING, seed=seed, samples=samples_R1, step=streams_R1, cells=cells)
         for index, word in enumerate(words):
-            gumbels[some, :, index] = word >> 9
-    _gumbel_of_bits(gumbels)
-    return gumbels.view(*shape, -1)[..., :codebook_size]
-
-
-def _gumbel_of_bits(bits: Tensor) -> None:
-    """Turns 23 random bits, as float32, into Gumbel variables in place: `training.philox.unit_interval`, two logs."""
-    bits.add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_()
+            uniforms_RCW[some, :, index] = unit_interval(word)
+    return uniforms_RCW.flatten(1)[:, :codebook_size].contiguous()
 
 
 def filter_logits(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

@@ -29,6 +29,7 @@ class FrozenModel:
         self.model = model
         self.config = model.config
         self.null_label = model.null_label
+        self.ops = model.ops
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         self._valid_TK = valid_offsets(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from training.config import SamplerConfig
-from training.drawing import Cell, draw_windows, guessed_cells, predicted_cells
+from training.drawing import Cell, Draws, draw_windows, guessed_cells, predicted_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache, positions_from
 from training.guidance import guide, num_guided_positions
@@ -114,14 +114,8 @@ class Speculation:
         return logits_ALKV
 
     def _draw(self, logits_ARV: Tensor, cells: list[Cell], samples_A: Tensor, first_positions_A: Tensor) -> Tensor:
-        return draw_windows(
-            logits_ARV,
-            cells,
-            config=self.frozen.config,
-            seed=self.seed,
-            sample_counters_B=self.counters_B[samples_A],
-            first_positions_B=first_positions_A,
-        )
+        draws = Draws(self.seed, self.counters_B[samples_A], first_positions_A, self.frozen.ops)
+        return draw_windows(logits_ARV, cells, draws, config=self.frozen.config)
 
     def _settle(self, samples_A: Tensor, made_ALK: Tensor) -> Tensor:
         """Stores the predictions over the guesses; returns how many of each sample are what the plain sampler makes."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.config import SamplerConfig
-from training.drawing import draw_windows, kept_cells
+from training.drawing import Draws, draw_windows, kept_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache
 from training.guidance import guide, num_guided_positions
@@ -50,10 +50,8 @@ class Stepping:
         self.windows_BTK[:, step:stop] = draw_windows(
             self._logits(),
             kept_cells(self.config, window_size=self.window_size, num_windows=stop - step),
+            Draws(self.seed, self.counters_B, torch.full_like(self.counters_B, step), self.frozen.ops),
             config=self.frozen.config,
-            seed=self.seed,
-            sample_counters_B=self.counters_B,
-            first_positions_B=torch.full_like(self.counters_B, step),
         )
         self.calls_B += 1
         self.step = stop

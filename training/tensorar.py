@@ -13,7 +13,7 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -205,6 +205,7 @@ class TensorAR(nn.Module):
         self.base = GPT(config)
         self.input_encoder = InputEncoder(config) if config.window_size > 1 else None
         self.output_decoder = OutputDecoder(config) if config.window_size > 1 else None
+        self.ops: Literal["native", "reference"] = "reference"
         for module in (self.input_encoder, self.output_decoder):
             if module is not None:
                 _init_module(module)
@@ -216,6 +217,7 @@ class TensorAR(nn.Module):
 
     def use_native_ops(self) -> None:
         """Compute with the native ops from now on (`training.ops`), which fit float32 and bfloat16."""
+        self.ops = "native"
         if self.input_encoder is not None:
             self.input_encoder.mix_and_project = attend_windows
 
