@@ -77,7 +77,9 @@ def parts_of(model: TensorAR, *, batch_size: int, guidance: float) -> dict[str, 
         "embed": lambda: frozen.embed_windows(windows, start=128),
         "backbone": lambda: frozen.read(x, start=128, cache=cache),
         "head": lambda: model.base.head(states),
-        "gumbels": lambda: gumbel_draws(**draw, positions_J=positions, streams_J=streams, codebook_size=codebook_size),
+        "gumbels": lambda: gumbel_draws(
+            **draw, positions_J=positions, streams_J=streams, codebook_size=codebook_size, ops="native"
+        ),
         "draw": lambda: draw_cells(logits, cells, Draws(0, counters, torch.full_like(counters, 128), "native")),
     }
     if decoder is not None:

@@ -324,6 +324,8 @@ class SampleConfig(Config):
     """Images shown in the refinement strip."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
+    ops: Literal["native", "reference"] = "native"
+    """Draws and windows by compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     seed: Seed = 0
     """Seed of all draws."""
 

@@ -140,7 +140,7 @@ def sampling_uniforms(
     return uniforms_RV
 
 
-_NEXT = "run `tensorar build-ops`, or set engine.ops: reference"
+_NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
 def _check_library() -> None:
