@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import philox
 from torch import Tensor
 
-from tests.unit.test_ops import philox
 from training import ops
 from training.build_ops import INSTRUCTION_SETS
 from training.config import ModelConfig, SamplerConfig
@@ -58,7 +58,7 @@ def test_any_uniform_follows_from_its_counter_alone(make: Any) -> None:
 
 CHECK_ALL_SIZES = """
 import torch
-from tests.unit.test_drawing import _rows
+from test_drawing import _rows
 from training import ops
 from training.drawing import reference_sampling_uniforms
 for codebook_size in (1, 3, 4, 5, 8, 15, 16, 31, 32, 33, 64, 100, 1024, 16384):
@@ -69,7 +69,7 @@ for codebook_size in (1, 3, 4, 5, 8, 15, 16, 31, 32, 33, 64, 100, 1024, 16384):
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_draws_the_references_uniforms(name: str) -> None:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parent)
     variables = {"TENSORAR_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     done = subprocess.run([sys.executable, "-c", CHECK_ALL_SIZES], env=os.environ | variables, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
