@@ -2,7 +2,8 @@
 
 `python benchmarks/bench_sampling.py`: JSON lines. What is compared takes its steps in turn in one process; `step` is
 LlamaGen-B (d 768, 12 blocks, 16,384 codes) with random weights, and says where the time goes: medians in ms of one
-step, and of its parts alone. `batch`, `speculation` and `stride` sample a small model; with `--weights` (a run
+step, and of its parts alone. Times are seconds of the process's own CPU time over one thread, so that neighbours
+on the machine count less. `batch`, `speculation` and `stride` sample a small model; with `--weights` (a run
 or a file of ours) that one, and only then do their calls an image mean anything.
 """
 
@@ -22,7 +23,7 @@ from training.config import ModelConfig, SamplerConfig
 from training.drawing import Draws, draw_cells, draw_codes, gumbel_draws, predicted_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache, evaluation_mode
-from training.sampling import sample_codes
+from training.sampling import SampledCodes, sample_codes
 from training.steps import Stepping
 from training.tensorar import TensorAR, build_model
 from training.weights import load_model
@@ -131,7 +132,7 @@ def sample_uncached(model: TensorAR, labels: Tensor, *, config: SamplerConfig) -
     return windows[:, :num_positions, 0]
 
 
-def seconds(act: Callable[[], object], *, num_repeats: int = 3) -> float:
+def seconds(act: Callable[[], object], *, num_repeats: int = 1) -> float:
     """Median seconds."""
     return medians_ms({"it": act}, num_repeats=num_repeats)["it"] / 1000
 
@@ -162,16 +163,17 @@ def measure_dial(
 ) -> list[dict[str, Any]]:
     """Calls and seconds an image for values of `windows_per_call` or `stride`, the first value being the baseline."""
     labels = torch.arange(num_samples) % model.config.num_classes
-    lines: list[dict[str, Any]] = []
-    plain = None
-    for value in values:
+
+    def sample(value: int) -> SampledCodes:
         config = SamplerConfig(guidance=guidance, **{"draft_policy": policy, dial: value})  # type: ignore[arg-type]
-        began = CLOCK()
-        made = sample_codes(model, labels, config=config, seed=0, batch_size=batch_size)
-        elapsed_s = CLOCK() - began
-        plain = made if plain is None else plain
-        calls = made.calls_per_sample_N.double().mean().item()
-        first = lines[0] if lines else {"s_per_image": elapsed_s / num_samples}
+        return sample_codes(model, labels, config=config, seed=0, batch_size=batch_size)
+
+    made = {value: sample(value) for value in values}
+    ms = medians_ms({str(value): lambda value=value: sample(value) for value in values}, num_repeats=3)  # type: ignore[misc]
+    lines = []
+    for value in values:
+        calls = made[value].calls_per_sample_N.double().mean().item()
+        differing = made[value].codes_NT != made[values[0]].codes_NT
         lines.append(
             {
                 "bench": dial,
@@ -183,10 +185,10 @@ def measure_dial(
                 "num_samples": num_samples,
                 "calls_per_image": round(calls, 2),
                 "calls_over_plain": round(calls / model.config.num_positions, 3),
-                "s_per_image": round(elapsed_s / num_samples, 4),
-                "time_over_first": round(elapsed_s / num_samples / first["s_per_image"], 3),
-                "codes_differ": round((made.codes_NT != plain.codes_NT).double().mean().item(), 4),
-                "flip_rate": made.flip_rate,
+                "s_per_image": round(ms[str(value)] / 1000 / num_samples, 4),
+                "time_over_first": round(ms[str(value)] / ms[str(values[0])], 3),
+                "codes_differ": round(differing.double().mean().item(), 4),
+                "flip_rate": made[value].flip_rate,
             }
         )
     return lines
@@ -228,6 +230,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     small = random_model(SMALL, window_size=4, dtype=torch.float32)
     model = small if options.weights is None else load_model(options.weights)[0]
+    model.use_native_ops()
 
     def show(line: dict[str, Any]) -> None:
         print(json.dumps(line | {"threads": options.threads, "weights": options.weights}), flush=True)
