@@ -56,7 +56,7 @@ def test_codes_and_drafts_are_the_plain_samplers(window_size: int, policy: Any, 
     model = _model(window_size)
     config = {"draft_policy": policy, "guidance": guidance, "guidance_interval": interval}
     plain = _sample(model, **config)
-    for windows_per_call in (2, 3, 8, 99):
+    for windows_per_call in (2, 5, 99):
         found = _sample(model, windows_per_call=windows_per_call, **config)
         _assert_same(found, plain)
         assert found.num_backbone_calls <= T

@@ -16,7 +16,7 @@ from training.tensorar import TensorAR, build_model
 
 V, SIDE, CLASSES, SEED = 20, 4, 5, 3
 T = SIDE**2
-LABELS = torch.tensor([0, 3, 5])
+LABELS = torch.tensor([0, 5])
 
 
 def _model(window_size: int) -> TensorAR:
@@ -84,7 +84,7 @@ def _by_hand(model: TensorAR, sample: int, *, stride: int, guidance: float, inte
 
 @pytest.mark.parametrize(("window_size", "stride"), [(2, 2), (4, 2), (4, 3), (4, 4)])
 @pytest.mark.parametrize("policy", ["sampled", "coupled", "argmax"])
-@pytest.mark.parametrize(("guidance", "interval"), [(1.0, -1), (2.5, -1), (2.5, 5)])
+@pytest.mark.parametrize(("guidance", "interval"), [(1.0, -1), (2.5, 5)])
 @torch.no_grad()
 def test_every_code_of_a_stride_is_the_one_that_a_full_pass_gives(
     window_size: int, stride: int, policy: Any, guidance: float, interval: int
@@ -103,7 +103,7 @@ def test_every_code_of_a_stride_is_the_one_that_a_full_pass_gives(
 def test_calls_are_positions_over_stride(stride: int, calls: int) -> None:
     sampled = _sample(_model(4), stride=stride)
     assert sampled.num_backbone_calls == calls
-    assert sampled.calls_per_sample_N.tolist() == [calls] * 3
+    assert sampled.calls_per_sample_N.tolist() == [calls] * 2
 
 
 def test_refinements_are_predictions_in_order_and_never_guesses() -> None:
@@ -122,8 +122,8 @@ def test_drafts_that_became_final_unrefined_do_not_flip() -> None:
     assert refined.flip_rate is not None
     first, final = refined.drafts_NTK[:, :, 0], refined.drafts_NTK[:, :, 3]
     assert torch.equal(first[:, 1], final[:, 1])  # predicted by the first call alone
-    flips = sum(int(first[sample, position] != final[sample, position]) for sample in range(3) for position in range(T))
-    assert refined.flip_rate == pytest.approx(flips / (3 * (T - 1)))
+    flips = sum(int(first[sample, position] != final[sample, position]) for sample in range(2) for position in range(T))
+    assert refined.flip_rate == pytest.approx(flips / (2 * (T - 1)))
     assert flips > 0
 
 
