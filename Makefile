@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $(STAMP)
 
 $(OPS): $(STAMP) training/build_ops.py $(wildcard training/csrc/*)
-	$(BIN)/tensorar build-ops || echo "set-up: without native ops a train spec needs engine.ops: reference"
+	$(BIN)/tensorar build-ops || echo "set-up: without native ops a train spec needs engine.ops: reference, and the demo says how"
 
 demo: $(OPS)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
 	$(BIN)/tensorar demo

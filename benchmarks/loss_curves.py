@@ -3,7 +3,7 @@
 `full`: the reference on full logits in plain torch; `chunked`: what training does, in eight chunks; `stride 4`: offsets
 >= 1 scored at every fourth position. Two yardsticks, both of full logits: `other order`, the samples of each batch
 backwards, is the same but for rounding; `other noise` has another seed of the noise. Same first weights, same samples,
-float32, AdamW; a noisy ramp of 64 codes, most of which can be predicted. One process; two minutes on two cores.
+float32 or float64, AdamW; a noisy ramp of 64 codes, most of which can be predicted. One process; minutes on two cores.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ def loss_of(model: TensorAR, inputs: Inputs, *, stride: int, seed: int, step: in
     return window_loss(model, inputs.windows_BTK, inputs.labels_B, scored=scored)
 
 
-def train(*, stride: int, seed: int = 0, order: int = 1) -> tuple[list[float], dict[str, Any]]:
+def train(*, dtype: torch.dtype, stride: int, seed: int = 0, order: int = 1) -> tuple[list[float], dict[str, Any]]:
     """Loss of every step, and what it came to: the end of training, held-out samples scored exactly, time."""
     config = config_of(seed)
     torch.manual_seed(0)
-    model = build_model(config.model)
+    model = build_model(config.model).to(dtype)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.05), lr=1e-3, betas=(0.9, 0.95))
     losses, began = [], time.perf_counter()
     for step in range(1, NUM_STEPS + 1):
@@ -146,13 +146,14 @@ def main() -> None:
     """Train each way, print a line for each, compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="`full` comes first.")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="float64 tells rounding.")
     parser.add_argument("--figure", type=Path, help="PNG to write.")
     options = parser.parse_args()
     num_rows = BATCH * CODES_PER_SIDE**2 * WINDOW_SIZE
     cross_entropy.CPU_CHUNK_BYTES = num_rows * CODEBOOK_SIZE * cross_entropy.bytes_per_logit(torch.float32) // 8
     curves: dict[str, list[float]] = {}
     for way in options.ways:
-        curves[way], result = train(**WAYS[way])
+        curves[way], result = train(dtype=getattr(torch, options.dtype), **WAYS[way])
         differences = [abs(a - b) for a, b in zip(curves[way], curves["full"], strict=True)]
         offset_0, *others = result["held_out_loss_of_offset"]
         line = {"way": way, "held_out_loss_of_offset_0": offset_0}

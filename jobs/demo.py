@@ -28,6 +28,8 @@ from pipeline.local_storage import exclusive
 from pipeline.preview import write_preview
 from pipeline.progress import summary_table
 from pipeline.storage import open_storage
+from training.config import TrainConfig
+from training.ops import NativeOpError, check_ops
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +68,10 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
         SpecError: an override does not fit.
         FetchError: the corpus cannot be fetched.
         ArtifactError: a directory holds a run of another spec.
+        NativeOpError: its trainings are to use the native ops, and there are none.
     """
     specs = _specs(run_root, data_root, overrides)
+    _check_ops(specs)
     corpus = data_root / "open-emoji"
     progress = _Progress(console=Console(highlight=False), run_root=run_root, begin_s=time.monotonic())
     with exclusive(run_root):
@@ -113,6 +117,17 @@ class _Progress:
             seconds_s = time.monotonic() - stage_begin_s
             add_time(self.run_root, stage=name, seconds_s=seconds_s, is_finished=is_finished, is_new=is_new)
         self.console.print(f"[green]done[/green] in {seconds_s:.1f} s; {self.elapsed_s:.0f} s since the start")
+
+
+def _check_ops(specs: dict[str, Spec]) -> None:
+    """Tell before the first stage what would stop a later one."""
+    native = [name for name, spec in specs.items() if isinstance(spec, TrainConfig) and spec.engine.ops == "native"]
+    try:
+        if native:
+            check_ops(with_cuda=False)
+    except NativeOpError as error:
+        settings = " ".join(f"--set {name}.engine.ops=reference" for name in native)
+        raise NativeOpError(f"{error}; for the demo: tensorar demo {settings}") from error
 
 
 def _specs(run_root: Path, data_root: Path, overrides: Sequence[str]) -> dict[str, Spec]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from training.config import ModelConfig
+from training.cross_entropy import wide_dtype
 
 Readout = Callable[[Tensor, Tensor], Any]
 """What is made of normalised states (..., D) and the head's weight (V, D): logits, a loss, drawn codes."""
@@ -49,8 +50,8 @@ def rotary_table(codes_per_side: int, head_dim: int, device: torch.device) -> Te
 
 
 def rotate(x_BLNH: Tensor, table_LP2: Tensor) -> Tensor:
-    """`x_BLNH` with its interleaved pairs turned by `table_LP2` (P = H / 2; or (B, L, P, 2)), in float32, cast back."""
-    pairs = x_BLNH.float().view(*x_BLNH.shape[:-1], -1, 2)
+    """`x_BLNH` with its interleaved pairs turned by `table_LP2` (P = H / 2), or (B, L, P, 2), in float32 or wider."""
+    pairs = x_BLNH.to(wide_dtype(x_BLNH.dtype)).view(*x_BLNH.shape[:-1], -1, 2)
     cos, sin = table_LP2[..., None, :, :].unbind(-1)
     even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x_BLNH.dtype)
@@ -83,7 +84,7 @@ def attend(
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the weight multiplies after the cast back, as LlamaGen does."""
+    """Root-mean-square norm in float32 or wider; the weight multiplies after the cast back, as LlamaGen does."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, same shape and dtype."""
-        wide = x.float()
+        wide = x.to(wide_dtype(x.dtype))
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)).to(x.dtype) * self.weight
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.config import ModelConfig
+from training.cross_entropy import wide_dtype
 from training.gpt import GPT, INIT_STD, CodeEmbedding, FeedForward, Readout, RMSNorm, init_weights
 from training.mixing import attend_by_tables, attend_windows, reference_attend_windows
 from training.noise import valid_offsets
@@ -169,7 +170,7 @@ class OutputDecoder(nn.Module):
         """
         known = self.constants() if constants is None else constants
         states_BTD = self.state_norm(h_BTD)
-        scores = (states_BTD @ known.score_weight_CD.transpose(0, 1)).float()
+        scores = (states_BTD @ known.score_weight_CD.transpose(0, 1)).to(wide_dtype(h_BTD.dtype))
         scores_BTKN = scores.view(*scores.shape[:-1], -1, self.attention.heads)
         gate = torch.sigmoid(scores_BTKN - known.threshold_KN).to(h_BTD.dtype)
         values_BTNH = self.attention.values(states_BTD)
@@ -187,7 +188,7 @@ class OutputDecoder(nn.Module):
         """What does not depend on the backbone's states."""
         queries_KD = self.query_norm(self.queries)
         score_weight_KND = self.attention.score_weight(queries_KD)
-        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).float()
+        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).to(wide_dtype(self.queries.dtype))
         shares_KNK = own_KNK.softmax(-1).to(self.queries.dtype)
         return DecoderConstants(
             score_weight_CD=score_weight_KND.flatten(0, 1),

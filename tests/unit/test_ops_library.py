@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from synthetic_shards import train_config, write_shard_set
 
+from jobs.demo import run_demo
 from jobs.inputs import check_inputs
 from training import build_ops, ops
 from training.build_ops import BuildError, build_library, nvcc_for_build
@@ -37,6 +38,13 @@ def test_a_run_without_the_library_is_told_what_to_do_before_it_starts(library: 
         train(config)
     engine = config.engine.model_copy(update={"ops": "reference"})
     check_inputs(config.model_copy(update={"engine": engine}), is_new=True)
+
+
+def test_the_demo_tells_of_a_missing_library_before_its_first_stage(library: Path, tmp_path: Path) -> None:
+    told = f"{NEXT}; for the demo: tensorar demo --set base.engine.ops=reference --set tensorar.engine.ops=reference"
+    with pytest.raises(NativeOpError, match=re.escape(told)):
+        run_demo(run_root=tmp_path / "runs", data_root=tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
