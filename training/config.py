@@ -331,6 +331,26 @@ class SamplerConfig(Config):
     """How drafts are chosen: fresh draws, draws kept across refinements, or the most likely code [ours]."""
     draft_temperature: PositiveFloat | None = None
     """Temperature of drafts; none is that of finals."""
+    draft_top_k: NonNegativeInt | None = None
+    """Codes kept before a draft is drawn; none is as for finals."""
+    draft_top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Probability mass kept before a draft is drawn; none is as for finals."""
+    windows_per_call: PositiveInt = 1
+    """L: windows that one backbone call reads on the assumption that drafts stand; those for which that comes out true
+    are accepted. The codes are those of 1, in fewer calls, each of them with L times the arithmetic [ours]."""
+    stride: PositiveInt = 1
+    """s <= window_size: codes that become final in one backbone call, all but the first without having been refined:
+    s times fewer calls, other codes [ours]."""
+
+    @model_validator(mode="after")
+    def _check_dials(self) -> SamplerConfig:
+        if self.stride > 1 and self.windows_per_call > 1:
+            raise ValueError(
+                f"stride and windows_per_call exclude each other: one of them must be 1, got stride {self.stride} and "
+                f"windows_per_call {self.windows_per_call}; use windows_per_call for the same codes in fewer calls, "
+                f"stride for a fixed number of calls"
+            )
+        return self
 
 
 class SampleConfig(Config):
@@ -355,6 +375,8 @@ class SampleConfig(Config):
     """Images shown in the refinement strip."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
+    ops: Literal["native", "reference"] = "native"
+    """Draws and windows by compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     seed: Seed = 0
     """Seed of all draws."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -50,9 +51,9 @@ def rotary_table(codes_per_side: int, head_dim: int, device: torch.device) -> Te
 
 
 def rotate(x_BLNH: Tensor, table_LP2: Tensor) -> Tensor:
-    """`x_BLNH` with its interleaved pairs turned by `table_LP2` (P = H / 2), in float32 or wider, cast back."""
+    """`x_BLNH` with its interleaved pairs turned by `table_LP2` (P = H / 2), or (B, L, P, 2), in float32 or wider."""
     pairs = x_BLNH.to(wide_dtype(x_BLNH.dtype)).view(*x_BLNH.shape[:-1], -1, 2)
-    cos, sin = table_LP2[:, None].unbind(-1)
+    cos, sin = table_LP2[..., None, :, :].unbind(-1)
     even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x_BLNH.dtype)
 
@@ -62,19 +63,23 @@ def feed_forward_dim(model_dim: int) -> int:
     return -(-int(2 * 4 * model_dim / 3) // 256) * 256
 
 
-def attend(q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, causal: bool) -> Tensor:
-    """Softmax attention (B, N, L, H); `causal` needs L == S.
+def attend(
+    q_BNLH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, *, causal: bool, visible_BLS: Tensor | None = None
+) -> Tensor:
+    """Softmax attention (B, N, L, H) to all positions, to those before (`causal`, which needs L == S) or `visible_BLS`.
 
     Torch's fused kernel, except in bfloat16 on a CPU: there plain products are 2 to 4 times faster forth and back
     (torch 2.13, L 64 to 256).
     """
+    visible = None if visible_BLS is None else visible_BLS[:, None]
     if q_BNLH.device.type != "cpu" or q_BNLH.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q_BNLH, k_BNSH, v_BNSH, is_causal=causal)
+        return F.scaled_dot_product_attention(q_BNLH, k_BNSH, v_BNSH, attn_mask=visible, is_causal=causal)
     scores_BNLS = (q_BNLH @ k_BNSH.transpose(-1, -2)) * float(q_BNLH.shape[-1]) ** -0.5
     if causal:
         length = q_BNLH.shape[2]
-        future = torch.ones(length, length, dtype=torch.bool, device=q_BNLH.device).triu(1)
-        scores_BNLS = scores_BNLS.masked_fill(future, float("-inf"))
+        visible = torch.ones(length, length, dtype=torch.bool, device=q_BNLH.device).tril()
+    if visible is not None:
+        scores_BNLS = scores_BNLS.masked_fill(~visible, float("-inf"))
     out: Tensor = scores_BNLS.softmax(-1) @ v_BNSH
     return out
 
@@ -123,23 +128,69 @@ class FeedForward(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of the positions read so far, preallocated for every layer."""
+    """Keys and values of the positions read so far, preallocated for every layer.
 
-    def __init__(self, config: ModelConfig, *, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.layers, batch_size, config.heads, config.num_positions, config.dim // config.heads)
+    A sample may read some positions again, and others than its neighbours in the batch: entries from a call's start on
+    are overwritten by it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, batch_size: int, dtype: torch.dtype, device: torch.device, num_spare: int = 0
+    ) -> None:
+        positions = config.num_positions + num_spare
+        shape = (config.layers, batch_size, config.heads, positions, config.dim // config.heads)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def extend(self, layer: int, *, start: int, keys_BNLH: Tensor, values_BNLH: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores positions `start` .. and returns keys and values of all positions so far, (B, N, start + L, H)."""
-        stop = start + keys_BNLH.shape[2]
-        self.keys[layer, :, :, start:stop] = keys_BNLH
-        self.values[layer, :, :, start:stop] = values_BNLH
+    @property
+    def batch_size(self) -> int:
+        """Samples that it holds."""
+        return self.keys.shape[1]
+
+    def extend(
+        self, layer: int, *, start: int | Tensor, keys_BNLH: Tensor, values_BNLH: Tensor, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Stores positions `start` .. (of each sample) and returns keys and values before `stop`, (B, N, stop, H)."""
+        length = keys_BNLH.shape[2]
+        for kept, new_BNLH in ((self.keys[layer], keys_BNLH), (self.values[layer], values_BNLH)):
+            if isinstance(start, int):
+                kept[:, :, start : start + length] = new_BNLH
+            else:
+                samples_B1 = torch.arange(len(start), device=start.device)[:, None]
+                kept[samples_B1, :, positions_from(start, length)] = new_BNLH.transpose(1, 2)
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
-    def keep(self, batch_size: int) -> None:
-        """Forgets all but the first `batch_size` samples."""
-        self.keys, self.values = self.keys[:, :batch_size], self.values[:, :batch_size]
+    def keep(self, kept_B: Tensor) -> Tensor:
+        """Forgets the samples where `kept_B` is false; returns which of the samples before is now in each place."""
+        count = int(kept_B.sum())
+        order = torch.arange(count, device=kept_B.device)
+        holes, moved = (~kept_B[:count]).nonzero()[:, 0], count + kept_B[count:].nonzero()[:, 0]
+        order[holes] = moved
+        for entries in (self.keys, self.values):
+            entries[:, holes] = entries[:, moved]
+        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
+        return order
+
+
+def positions_from(start: int | Tensor, length: int) -> Tensor:
+    """(B, L) int64 positions `start_B` .. `start_B + L - 1`; on the CPU and (1, L) where the start is a number."""
+    start_B = torch.tensor([start]) if isinstance(start, int) else start
+    return start_B[:, None] + torch.arange(length, device=start_B.device)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The positions that one call of the backbone reads, made once for all layers."""
+
+    rotary: Tensor
+    """(L, P, 2), or (B, L, P, 2)."""
+    cache: KeyValueCache | None = None
+    start: int | Tensor = 0
+    """First position; (B,) int64 where it differs by sample."""
+    stop: int = 0
+    """Behind the last position that any sample reads."""
+    visible_BLS: Tensor | None = None
+    """Which positions each position attends to; none where it is all that came before and itself."""
 
 
 class Attention(nn.Module):
@@ -151,16 +202,15 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_BLD: Tensor, rotary: Tensor, *, cache: KeyValueCache | None, layer: int, start: int) -> Tensor:
-        """Attention output (B, L, D); with a cache, positions before `start` are read from it."""
+    def forward(self, x_BLD: Tensor, *, span: Span, layer: int) -> Tensor:
+        """Attention output (B, L, D); with a cache, positions before the span are read from it."""
         batch, length, dim = x_BLD.shape
         q, k, v = self.wqkv(x_BLD).view(batch, length, 3, self.heads, -1).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, rotary), rotate(k, rotary), v))
-        if cache is not None:
-            k, v = cache.extend(layer, start=start, keys_BNLH=k, values_BNLH=v)
-        if cache is not None and length > 1 and start > 0:
-            raise ValueError(f"attend with a cache: after the first call 1 position at a time, got {length}; pass 1")
-        out = attend(q, k, v, causal=length > 1)
+        q, k, v = (part.transpose(1, 2) for part in (rotate(q, span.rotary), rotate(k, span.rotary), v))
+        if span.cache is not None:
+            k, v = span.cache.extend(layer, start=span.start, keys_BNLH=k, values_BNLH=v, stop=span.stop)
+        causal = length > 1 and span.visible_BLS is None
+        out = attend(q, k, v, causal=causal, visible_BLS=span.visible_BLS)
         projected: Tensor = self.wo(out.transpose(1, 2).reshape(batch, length, dim))
         return projected
 
@@ -176,9 +226,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BLD: Tensor, rotary: Tensor, *, cache: KeyValueCache | None, layer: int, start: int) -> Tensor:
+    def forward(self, x_BLD: Tensor, *, span: Span, layer: int) -> Tensor:
         """Same shape as `x_BLD`."""
-        attended = self.attention(self.attention_norm(x_BLD), rotary, cache=cache, layer=layer, start=start)
+        attended = self.attention(self.attention_norm(x_BLD), span=span, layer=layer)
         h = x_BLD + self.dropout(attended)
         out: Tensor = h + self.dropout(self.feed_forward(self.ffn_norm(h)))
         return out
@@ -248,24 +298,37 @@ class GPT(nn.Module):
         out: Tensor = self.tok_embeddings(codes)
         return out
 
-    def backbone(self, x_BLD: Tensor, *, start: int = 0, cache: KeyValueCache | None = None) -> Tensor:
+    def backbone(self, x_BLD: Tensor, *, start: int | Tensor = 0, cache: KeyValueCache | None = None) -> Tensor:
         """States before the final norm.
 
         Args:
             x_BLD: embedded input of positions `start` .. `start + L - 1`; position 0 is the condition.
-            start: first position; 0 without a cache.
+            start: first position; (B,) int64 where it differs by sample; 0 without a cache. What is computed beyond
+                the last position (in spare entries of the cache) means nothing.
             cache: keys and values of the positions before; extended in place.
         """
-        table = rotary_table(self.config.codes_per_side, self.config.dim // self.config.heads, x_BLD.device)
-        rotary = table[start : start + x_BLD.shape[1]]
+        span = self._span(x_BLD.shape[1], start=start, cache=cache, device=x_BLD.device)
         h = self.dropout(x_BLD)
         for layer, block in enumerate(self.layers):
             if self.recomputes_activations and torch.is_grad_enabled():
-                h = checkpoint(block, h, rotary, cache=cache, layer=layer, start=start, use_reentrant=False)
+                h = checkpoint(block, h, span=span, layer=layer, use_reentrant=False)
             else:
-                h = block(h, rotary, cache=cache, layer=layer, start=start)
+                h = block(h, span=span, layer=layer)
         out: Tensor = h
         return out
+
+    def _span(self, length: int, *, start: int | Tensor, cache: KeyValueCache | None, device: torch.device) -> Span:
+        table = rotary_table(self.config.codes_per_side, self.config.dim // self.config.heads, device)
+        if isinstance(start, int):
+            rotary, stop = table[start : start + length], start + length
+        else:
+            rotary = table[positions_from(start, length).clamp(max=len(table) - 1)]
+            stop = int(start.max()) + length
+        if cache is None or (isinstance(start, int) and (start == 0 or length == 1)):
+            return Span(rotary=rotary, cache=cache, start=start, stop=stop)
+        positions_BL = positions_from(start, length).to(device)
+        visible_BLS = torch.arange(stop, device=device) <= positions_BL[..., None]
+        return Span(rotary=rotary, cache=cache, start=start, stop=stop, visible_BLS=visible_BLS)
 
     def head(self, h: Tensor, *, readout: Readout = F.linear, gradient_scales: Tensor | None = None) -> Any:
         """What `readout` makes of states (..., D), normed first; by default logits (..., V) in the model's dtype.

@@ -13,6 +13,7 @@ M windows, K window_size, D model_dim, N heads, H head_dim, V codebook_size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,30 +53,57 @@ def reference_attend_windows(
     return _values(mixed_MND, value_weight_NHD)
 
 
-def attend_by_tables(
-    codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor, value_weight_NHD: Tensor
-) -> Tensor:
-    """What `attend_windows` returns, from tables of scores and values of all codes: cheaper where V < M.
+@dataclass(frozen=True)
+class WindowTables:
+    """What `attend_from_tables` looks up.
 
-    A norm scales a key by one number, so its score and values are those of its code plus those of its offset, scaled.
+    A norm scales a key by one number, so its score and its value are those of its code plus those of its offset,
+    scaled: V + K entries serve all V * K keys.
     """
+
+    factors_KV: Tensor
+    """The number that scales the key of a code at an offset, as the next two in float32 or wider."""
+    scores_VN: Tensor
+    scores_KN: Tensor
+    values_VD: Tensor
+    """As the next in the table's dtype."""
+    values_KD: Tensor
+
+
+def window_tables(
+    table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor, value_weight_NHD: Tensor
+) -> WindowTables:
+    """Scores and values of all codes and offsets, for arguments of `attend_windows`."""
     wide = torch.promote_types(table_VD.dtype, torch.float32)
-    heads, head_dim, _ = value_weight_NHD.shape
     rows_VD, rows_KD, value_weight_DD = table_VD.to(wide), offsets_KD.to(wide), value_weight_NHD.flatten(0, 1)
     factors_KV = torch.stack([((rows_VD + row).square().mean(-1) + NORM_EPS).rsqrt() for row in rows_KD])
+    scores_VN, scores_KN = (rows @ score_weight_ND.to(wide).transpose(0, 1) for rows in (rows_VD, rows_KD))
+    values_VD, values_KD = (rows @ value_weight_DD.transpose(0, 1) for rows in (table_VD, offsets_KD))
+    return WindowTables(factors_KV, scores_VN, scores_KN, values_VD, values_KD)
+
+
+def attend_from_tables(codes_MK: Tensor, tables: WindowTables) -> Tensor:
+    """What `attend_windows` returns, looked up."""
     codes, offsets = codes_MK.clamp(min=0), torch.arange(codes_MK.shape[1], device=codes_MK.device)
+    num_codes, heads = tables.scores_VN.shape
 
     def of_codes(values_V: Tensor, values_K: Tensor) -> Tensor:
         return torch.nn.functional.embedding(codes, values_V) + values_K
 
-    factors_MK1 = torch.nn.functional.embedding(codes + len(table_VD) * offsets, factors_KV.flatten()[:, None])
-    scores_of = [rows @ score_weight_ND.to(wide).transpose(0, 1) for rows in (rows_VD, rows_KD)]
-    values_of = [rows @ value_weight_DD.transpose(0, 1) for rows in (table_VD, offsets_KD)]
-    scores_MKN = (of_codes(*scores_of) * factors_MK1).masked_fill((codes_MK < 0)[..., None], float("-inf"))
-    shares_MKN = (scores_MKN.softmax(1) * factors_MK1).to(table_VD.dtype)
-    values_MKNH = of_codes(*values_of).view(*codes.shape, heads, head_dim)
+    factors_MK1 = torch.nn.functional.embedding(codes + num_codes * offsets, tables.factors_KV.flatten()[:, None])
+    scores_MKN = of_codes(tables.scores_VN, tables.scores_KN) * factors_MK1
+    scores_MKN = scores_MKN.masked_fill((codes_MK < 0)[..., None], float("-inf"))
+    shares_MKN = (scores_MKN.softmax(1) * factors_MK1).to(tables.values_VD.dtype)
+    values_MKNH = of_codes(tables.values_VD, tables.values_KD).view(*codes.shape, heads, -1)
     attended_MD: Tensor = (shares_MKN[..., None] * values_MKNH).sum(1).flatten(1)
     return attended_MD
+
+
+def attend_by_tables(
+    codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor, value_weight_NHD: Tensor
+) -> Tensor:
+    """What `attend_windows` returns, from tables made for this call: cheaper where V < M."""
+    return attend_from_tables(codes_MK, window_tables(table_VD, offsets_KD, score_weight_ND, value_weight_NHD))
 
 
 def attend_windows(

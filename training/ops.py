@@ -111,7 +111,36 @@ def noise_windows(
     return windows_BTK
 
 
-_NEXT = "run `tensorar build-ops`, or set engine.ops: reference"
+def sampling_uniforms(
+    *, samples_R: Tensor, positions_R: Tensor, streams_R: Tensor, codebook_size: int, seed: int
+) -> Tensor:
+    """(R, V) float32 in (0, 1): the uniforms behind `training.drawing.gumbel_draws`, bit for bit, on a CPU.
+
+    Any element can be computed alone. Element (r, v) is (w + 0.5) / 2**23, w the top 23 bits of word v % 4 of
+    Philox4x32-10 of
+
+    * counter words: samples[r] bits 0..31, bits 32..63, streams[r], positions[r] * 2**16 + v // 4;
+    * key words: seed bits 0..31; 5 + (seed >> 32) * 2**8.
+
+    Args:
+        samples_R: int64, sample counters.
+        positions_R: int64 in [0, 2**16), positions of the codes.
+        streams_R: int64 in [0, 2**32).
+        codebook_size: V <= 2**18.
+        seed: in [0, 2**56).
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        RuntimeError: an argument is out of range or not on the CPU.
+    """
+    load_ops()
+    uniforms_RV: Tensor = torch.ops.tensorar.sampling_uniforms(
+        samples_R.contiguous(), positions_R.contiguous(), streams_R.contiguous(), codebook_size, seed
+    )
+    return uniforms_RV
+
+
+_NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
 def _check_library() -> None:
@@ -127,6 +156,10 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tensorar::noise_windows")  # type: ignore[untyped-decorator]
     def _(codes_BT: Tensor, sample_counters_B: Tensor, thresholds: Sequence[int], *rest: object) -> Tensor:
         return codes_BT.new_empty((*codes_BT.shape, len(thresholds)))
+
+    @torch.library.register_fake("tensorar::sampling_uniforms")  # type: ignore[untyped-decorator]
+    def _(samples_R: Tensor, positions_R: Tensor, streams_R: Tensor, codebook_size: int, seed: int) -> Tensor:
+        return torch.empty((len(samples_R), codebook_size), device=samples_R.device)
 
     @torch.library.register_fake("tensorar::mix_windows")  # type: ignore[untyped-decorator]
     def _(codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor) -> tuple[Tensor, Tensor]:

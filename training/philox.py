@@ -102,8 +102,14 @@ def _rounds(counters: tuple[Tensor, ...], keys: tuple[Tensor, ...] | tuple[int, 
     k0, k1 = keys
     for _ in range(ROUNDS):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wrap modulo 2**64: the bits are right
-        c0 = ((product1 >> 32) & WORD) ^ c1 ^ k0
-        c2 = ((product0 >> 32) & WORD) ^ c3 ^ k1
-        c1, c3 = product1 & WORD, product0 & WORD
+        c0, c1 = _mixed(product1 >> 32, c1, k0), product1
+        c2, c3 = _mixed(product0 >> 32, c3, k1), product0
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+    return c0, c1 & WORD, c2, c3 & WORD
+
+
+def _mixed(high: Tensor, word: Tensor, key: Tensor | int) -> Tensor:
+    """The low words of all three, joined; what is above them is leftovers."""
+    if high.shape != word.shape or isinstance(key, Tensor):
+        return (high ^ word ^ key) & WORD
+    return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(WORD)

@@ -26,6 +26,7 @@ from pipeline.storage import ArtifactError
 from tokenization.fingerprint import Fingerprint
 from tokenization.tokenizer import Tokenizer
 from training.config import SampleConfig
+from training.ops import check_ops
 from training.sampling import SampledCodes, sample_codes
 from training.weights import ModelFile, digest_of, find_weights, load_model
 
@@ -37,7 +38,7 @@ RESULT = "samples.json"
 RESULT_VERSION = 1
 GAP_PX = 2
 GAP_VALUE = 255
-FREE_FIELDS = ("kind", "run_dir", "batch_size", "device")
+FREE_FIELDS = ("kind", "run_dir", "batch_size", "device", "ops")
 """Fields of the spec that may differ on a rerun: the pictures do not depend on them."""
 
 
@@ -51,7 +52,8 @@ def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | N
     Raises:
         ArtifactError: the weights or the tokenizer cannot be read or do not belong together, or the directory holds
             samples of another spec.
-        ValueError: a label is not one of the model's classes.
+        ValueError: a label is not one of the model's classes, or the stride is larger than its window_size.
+        NativeOpError: the spec asks for the native ops, and there are none.
     """
     run_dir = local_path(config.run_dir)
     if is_finished(config):
@@ -73,7 +75,8 @@ def is_finished(config: SampleConfig) -> bool:
     if not path.exists():
         return False
     result = json.loads(path.read_text())
-    before, now = result["spec"], config.model_dump(mode="json")
+    before = SampleConfig.model_validate(result["spec"]).model_dump(mode="json")  # fields since then: their defaults
+    now = config.model_dump(mode="json")
     differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
     if not differing and digest_of(find_weights(config.weights)) != result["weights"]["sha256"]:
         differing = [f"content of weights (then of step {result['weights']['step']})"]
@@ -93,6 +96,9 @@ def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int
     tokenizer = Tokenizer.load(config.tokenizer, device=str(device))
     check_tokenizer(model_file, tokenizer)
     _check_labels(config, model_file)
+    if config.ops == "native":
+        check_ops(with_cuda=False)  # on a GPU, these ops are made of torch's own kernels
+        model.use_native_ops()
     began = time.perf_counter()
 
     def report(num_done: int) -> None:
@@ -237,6 +243,10 @@ def _describe(
         "labels": list(np.repeat(config.labels, config.num_per_label).tolist()),
         "seed": config.seed,
         "draft_policy": config.sampler.draft_policy,
+        "windows_per_call": config.sampler.windows_per_call,
+        "stride": config.sampler.stride,
         "flip_rate": sampled.flip_rate,
         "num_backbone_calls": sampled.num_backbone_calls,
+        "calls_per_image": round(sampled.calls_per_sample_N.double().mean().item(), 4),
+        "calls_of_image": sampled.calls_per_sample_N.tolist(),
     }

@@ -12,8 +12,8 @@ B batch, T positions, K window_size, D model_dim, N heads, H head_dim, V codeboo
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,23 @@ class InputEncoder(nn.Module):
             embedding: the base model's table of codes.
         """
         codes_MK = windows_BTK.masked_fill(~valid_TK, -1).flatten(0, 1)
-        score_weight_ND = self.key_norm(self.attention.score_weight(self.query_norm(self.query))[0])
-        value_weight_DD = self.attention.wv(self.key_norm(torch.ones_like(self.query[0])))
-        value_weight_NHD = value_weight_DD.view(self.attention.heads, -1, value_weight_DD.shape[1])
-        weights = (self.offset_embeddings, score_weight_ND, value_weight_NHD)
+        weights = self.attention_weights()
         if has_tables(codebook_size=embedding.num_embeddings, num_windows=len(codes_MK)):
             attended_MD = embedding(codes_MK, attend_by_tables, *weights)
         else:
             attended_MD = embedding(codes_MK, self.mix_and_project, *weights)
-        h = embedding(windows_BTK[..., 0]) + self.attention.wo(attended_MD).view(*windows_BTK.shape[:2], -1)
+        return self.encode(embedding(windows_BTK[..., 0]), attended_MD)
+
+    def attention_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What windows are attended with beside the table of codes, as `training.mixing` takes it."""
+        score_weight_ND = self.key_norm(self.attention.score_weight(self.query_norm(self.query))[0])
+        value_weight_DD = self.attention.wv(self.key_norm(torch.ones_like(self.query[0])))
+        value_weight_NHD = value_weight_DD.view(self.attention.heads, -1, value_weight_DD.shape[1])
+        return self.offset_embeddings, score_weight_ND, value_weight_NHD
+
+    def encode(self, embedded_BTD: Tensor, attended_MD: Tensor) -> Tensor:
+        """Encoded windows (B, T, D) from the codes at offset 0 and what the query takes from each window."""
+        h = embedded_BTD + self.attention.wo(attended_MD).view(embedded_BTD.shape)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
@@ -124,6 +132,18 @@ class InputEncoder(nn.Module):
 def has_tables(*, codebook_size: int, num_windows: int) -> bool:
     """Whether the input encoder projects every code of the table, and not every window: whichever are fewer."""
     return codebook_size < num_windows
+
+
+@dataclass(frozen=True)
+class DecoderConstants:
+    """What the output decoder's attention takes from its queries alone."""
+
+    score_weight_CD: Tensor
+    """C = K N."""
+    threshold_KN: Tensor
+    """Score at which a state gets half of the attention."""
+    constant_KNH: Tensor
+    """What each query takes from the queries."""
 
 
 class OutputDecoder(nn.Module):
@@ -142,41 +162,52 @@ class OutputDecoder(nn.Module):
         self.attention = WindowAttention(config)
         self.feed_forward = FeedForward(config.dim, module_hidden_dim(config))
 
-    def forward(self, h_BTD: Tensor, scored: Scored | None = None) -> Tensor:
+    def forward(
+        self, h_BTD: Tensor, scored: Scored | None = None, *, constants: DecoderConstants | None = None
+    ) -> Tensor:
         """(B, T, K, D) states, one per offset; or (B, R, D), those that are scored, and no others are computed.
 
         Where `scored.draft_gradient_scale` is below 1, offsets >= 1 read `h_BTD` once more, through the scale: values
-        are the same bits, the modules' gradients are whole, and those of `h_BTD` are scaled.
+        are the same bits, the modules' gradients are whole, and those of `h_BTD` are scaled. `constants` are those of
+        `self.constants()`, where the weights stay as they are.
         """
-        queries_KD = self.query_norm(self.queries)
-        score_weight_KND = self.attention.score_weight(queries_KD)
-        wide = wide_dtype(h_BTD.dtype)
-        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).to(wide)
-        shares_KNK = own_KNK.softmax(-1).to(h_BTD.dtype)
-        constant_KNH = torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD))
-        read = partial(self._read, score_weight_KND=score_weight_KND, own_KN=own_KNK.logsumexp(-1))
+        known = self.constants() if constants is None else constants
         if scored is None:
-            gate, values_BTNH = read(h_BTD)
-            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], constant_KNH
+            gate, values_BTNH = self._read(h_BTD, known)
+            h, values, constant = h_BTD[:, :, None], values_BTNH[:, :, None], known.constant_KNH
         else:
-            h, gate, values = _of_scored(h_BTD, *read(h_BTD), scored)
-            constant = scored.of_offset(constant_KNH)
+            h, gate, values = _of_scored(h_BTD, *self._read(h_BTD, known), scored)
+            constant = scored.of_offset(known.constant_KNH)
             if scored.draft_gradient_scale != 1.0:
                 scaled_BTD = scale_gradient(h_BTD, scored.draft_gradient_scale)
-                pairs = zip((h, gate, values), _of_scored(scaled_BTD, *read(scaled_BTD), scored), strict=True)
+                pairs = zip(
+                    (h, gate, values), _of_scored(scaled_BTD, *self._read(scaled_BTD, known), scored), strict=True
+                )
                 h, gate, values = (scored.join_offsets(*pair) for pair in pairs)
         attended = constant + gate[..., None] * (values - constant)
         z = h + self.attention.wo(attended.flatten(-2))
         out: Tensor = z + self.feed_forward(self.ffn_norm(z))
         return out
 
-    def _read(self, h_BTD: Tensor, *, score_weight_KND: Tensor, own_KN: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, h_BTD: Tensor, known: DecoderConstants) -> tuple[Tensor, Tensor]:
         """Gates (B, T, K, N) and values (B, T, N, H) of backbone states."""
         states_BTD = self.state_norm(h_BTD)
-        scores = (states_BTD @ score_weight_KND.flatten(0, 1).transpose(0, 1)).to(own_KN.dtype)
+        scores = (states_BTD @ known.score_weight_CD.transpose(0, 1)).to(known.threshold_KN.dtype)
         scores_BTKN = scores.view(*scores.shape[:-1], -1, self.attention.heads)
-        gate_BTKN = torch.sigmoid(scores_BTKN - own_KN).to(h_BTD.dtype)
+        gate_BTKN = torch.sigmoid(scores_BTKN - known.threshold_KN).to(h_BTD.dtype)
         return gate_BTKN, self.attention.values(states_BTD)
+
+    def constants(self) -> DecoderConstants:
+        """What does not depend on the backbone's states."""
+        queries_KD = self.query_norm(self.queries)
+        score_weight_KND = self.attention.score_weight(queries_KD)
+        own_KNK = (score_weight_KND @ queries_KD.transpose(0, 1)).to(wide_dtype(self.queries.dtype))
+        shares_KNK = own_KNK.softmax(-1).to(self.queries.dtype)
+        return DecoderConstants(
+            score_weight_CD=score_weight_KND.flatten(0, 1),
+            threshold_KN=own_KNK.logsumexp(-1),
+            constant_KNH=torch.einsum("qnk,knh->qnh", shares_KNK, self.attention.values(queries_KD)),
+        )
 
 
 def _of_scored(h_BTD: Tensor, gate_BTKN: Tensor, values_BTNH: Tensor, scored: Scored) -> tuple[Tensor, ...]:
@@ -193,6 +224,7 @@ class TensorAR(nn.Module):
         self.base = GPT(config)
         self.input_encoder = InputEncoder(config) if config.window_size > 1 else None
         self.output_decoder = OutputDecoder(config) if config.window_size > 1 else None
+        self.ops: Literal["native", "reference"] = "reference"
         for module in (self.input_encoder, self.output_decoder):
             if module is not None:
                 _init_module(module)
@@ -204,6 +236,7 @@ class TensorAR(nn.Module):
 
     def use_native_ops(self) -> None:
         """Compute with the native ops from now on (`training.ops`), which fit float32 and bfloat16."""
+        self.ops = "native"
         if self.input_encoder is not None:
             self.input_encoder.mix_and_project = attend_windows
 

@@ -11,9 +11,10 @@ import torch
 
 from training.config import ModelConfig, SamplerConfig
 from training.gpt import GPT, KeyValueCache, rotary_table
+from training.guidance import is_guided
 from training.loss import window_loss
 from training.noise import make_windows
-from training.sampling import is_guided, sample_codes
+from training.sampling import sample_codes
 from training.scored import score_predictions
 from training.tensorar import TensorAR, num_added_parameters
 

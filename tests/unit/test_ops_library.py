@@ -26,7 +26,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-NEXT = "run `tensorar build-ops`, or set engine.ops: reference"
+NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
 def test_a_run_without_the_library_is_told_what_to_do_before_it_starts(library: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tokenization.config import TokenizerConfig, VQConfig
 from tokenization.tokenizer import Tokenizer
 from tokenization.vq import VQNetwork
 from tokenization.weights_file import write_weights
-from training.config import ModelConfig, SampleConfig
+from training.config import ModelConfig, SampleConfig, SamplerConfig
 from training.sample import pick_device, run_sample, tile_images
 from training.tensorar import build_model
 from training.weights import save_model
@@ -176,3 +176,40 @@ def test_a_device_that_the_machine_lacks_is_refused_in_one_line() -> None:
         with pytest.raises(ValueError, match=rf"device must be one of auto, cpu.* got '{name}'; set device: auto"):
             pick_device(name)
     assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"),
+    [({}, [9] * 6), ({"stride": 3}, [3] * 6), ({"windows_per_call": 3, "draft_policy": "coupled"}, None)],
+)
+def test_samples_json_says_how_many_calls_each_picture_took(
+    spec: SampleConfig, sampler: dict[str, Any], calls: list[int] | None
+) -> None:
+    config = spec.model_copy(update={"sampler": SamplerConfig(**sampler)})
+    result = json.loads((run_sample(config) / "samples.json").read_text())
+    assert result["stride"] == sampler.get("stride", 1)
+    assert result["windows_per_call"] == sampler.get("windows_per_call", 1)
+    assert len(result["calls_of_image"]) == 6
+    assert result["calls_per_image"] == pytest.approx(sum(result["calls_of_image"]) / 6, abs=1e-4)
+    if calls is not None:
+        assert result["calls_of_image"] == calls
+    else:
+        assert max(result["calls_of_image"]) < 9
+
+
+def test_native_and_reference_ops_draw_the_same_pictures(spec: SampleConfig, tmp_path: Path) -> None:
+    native = run_sample(spec)
+    reference = run_sample(spec.model_copy(update={"ops": "reference", "run_dir": str(tmp_path / "reference")}))
+    assert _snapshot(native) == _snapshot(reference)
+
+
+def test_samples_of_a_spec_that_lacks_fields_added_since_are_finished(spec: SampleConfig) -> None:
+    path = run_sample(spec) / "samples.json"
+    result = json.loads(path.read_text())
+    for name in ("windows_per_call", "stride", "draft_top_k", "draft_top_p"):
+        del result["spec"]["sampler"][name]
+    del result["spec"]["ops"]
+    path.write_text(json.dumps(result))
+    written_ns = path.stat().st_mtime_ns
+    run_sample(spec)
+    assert path.stat().st_mtime_ns == written_ns

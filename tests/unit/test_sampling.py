@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, SamplerConfig
+from training.drawing import draw_codes, filter_logits, gumbel_draws
+from training.guidance import is_guided
 from training.noise import make_windows
-from training.sampling import SampledCodes, draw_codes, filter_logits, gumbel_draws, is_guided, sample_codes
+from training.sampling import SampledCodes, sample_codes
 from training.tensorar import TensorAR, build_model
 
 V, T, CLASSES = 20, 9, 5
@@ -211,5 +213,7 @@ def test_windows_of_the_true_codes_are_what_sampling_would_feed_were_its_drafts_
     codes = torch.randint(0, V, (2, T))
     windows, _ = make_windows(codes, window_size=4)
     drafts = codes[:, :, None].expand(-1, -1, 4)
-    pretended = SampledCodes(codes_NT=codes, drafts_NTK=drafts, flip_rate=0.0, num_backbone_calls=0)
+    pretended = SampledCodes(
+        codes_NT=codes, drafts_NTK=drafts, flip_rate=0.0, num_backbone_calls=0, calls_per_sample_N=torch.tensor([0, 0])
+    )
     assert torch.equal(_windows_fed(pretended), windows)

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
   library.def(
       "noise_windows(Tensor codes, Tensor sample_counters, int[] thresholds, int codebook_size, str coupling, "
       "int seed, int step) -> Tensor");
+  library.def(
+      "sampling_uniforms(Tensor samples, Tensor positions, Tensor streams, int codebook_size, int seed) -> Tensor");
   library.def("mix_windows(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight) -> (Tensor, Tensor)");
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
