@@ -72,6 +72,16 @@ def test_all_that_is_promised_is_written_and_agrees(finished: EvaluateConfig) ->
     assert set(result["measures"]["label_score"]["top_1_of_class"]["samples"]) == {"0", "1", "2"}
 
 
+def test_several_windows_a_call_change_the_calls_and_nothing_else(finished: EvaluateConfig, tmp_path: Path) -> None:
+    sampler = finished.sampler.model_copy(update={"windows_per_call": 4})
+    fast = finished.model_copy(update={"run_dir": str(tmp_path / "evaluation"), "sampler": sampler})
+    run_evaluate(fast)
+    plain, found = (read_evaluation(open_storage(config.run_dir)) for config in (finished, fast))
+    assert 16 / 4 <= found["cost"]["backbone_calls_per_image"] < 16
+    assert found["measures"] == plain["measures"]
+    assert found["flips"] == plain["flips"]
+
+
 def test_the_samples_are_those_of_the_chosen_sampler_with_labels_in_proportion(finished: EvaluateConfig) -> None:
     result = read_evaluation(open_storage(finished.run_dir))
     model, _ = load_model(finished.weights)

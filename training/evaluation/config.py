@@ -18,7 +18,7 @@ MIN_HALF = 4
 """Images that a half of the reference must hold: precision looks at third neighbours, intervals at halves."""
 
 
-FREE_FIELDS = ("device", "features.cache_dir", "s3")
+FREE_FIELDS = ("device", "features.cache_dir", "ops", "s3")
 """Fields that a rerun in the same directory may change."""
 
 
@@ -171,6 +171,8 @@ class EvaluateConfig(Config):
     dtype: DType = "float32"
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0` or `auto` (cuda where there is one)."""
+    ops: Literal["native", "reference"] = "native"
+    """Draws and windows by compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     seed: Seed = 0
     """Seed of all draws: noise, own drafts, samples, resamples."""
     s3: S3Config = S3Config()

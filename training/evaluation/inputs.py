@@ -20,6 +20,7 @@ from tokenization.tokenizer import Tokenizer
 from training.evaluation.config import FREE_FIELDS, ControlConfig, EvaluateConfig
 from training.evaluation.features import load_features
 from training.evaluation.image_features import FeatureReader, TrainingImages, check_codes
+from training.ops import check_ops
 from training.sample import check_tokenizer, pick_device
 from training.tensorar import TensorAR
 from training.weights import ModelFile, digest_of, find_weights, load_model
@@ -65,6 +66,7 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
     Raises:
         ArtifactError: something is missing or damaged, or they do not belong together.
         ValueError: the device or the feature network is not to be had.
+        NativeOpError: they are to be used, and there are none.
     """
     device = pick_device(config.device)
     model = _load(config, weights=config.weights, use_ema=config.use_ema, device=device)
@@ -120,6 +122,9 @@ def _digest_of_control(control: ControlConfig | None, *, s3: S3Config) -> str | 
 
 def _load(config: EvaluateConfig, *, weights: str, use_ema: bool, device: torch.device) -> LoadedModel:
     model, file = load_model(weights, device=device, dtype=getattr(torch, config.dtype), use_ema=use_ema, s3=config.s3)
+    if config.ops == "native":
+        check_ops(with_cuda=False)  # on a GPU, what sampling needs is made of torch's own kernels
+        model.use_native_ops()
     return LoadedModel(model=model, file=file)
 
 

@@ -20,7 +20,7 @@ from pipeline.philox import Int64Array
 from tokenization.tokenizer import Tokenizer
 from training.config import SamplerConfig
 from training.evaluation.image_features import FloatFeatures, Images
-from training.evaluation.stages import Array, Arrays, Stages, joined
+from training.evaluation.stages import Arrays, Stages, joined
 from training.sampling import sample_codes
 from training.tensorar import TensorAR
 
@@ -38,7 +38,7 @@ class SampleSet:
     features_NF: FloatFeatures
     """Of the decoded samples; (N, 0) where none were asked for."""
     calls_per_image: float
-    """Passes of the backbone, one after the other, that a batch of images takes; its mean over the batches."""
+    """Passes of the backbone that an image takes part in; the mean over the images."""
     seconds_per_image: float
     """Of sampling alone, batch by batch; differs from run to run."""
 
@@ -67,8 +67,8 @@ def proportional_labels(reference_labels: Int64Array, *, num_samples: int) -> In
 
 
 def without_drafts(sampler: SamplerConfig) -> SamplerConfig:
-    """Return a sampler for a model without windows: what it says of finals, and of nothing else."""
-    names = ("guidance", "guidance_interval", "temperature", "top_k", "top_p")
+    """Return a sampler for a model without windows: what it says of finals and of calls, and nothing of drafts."""
+    names = ("guidance", "guidance_interval", "temperature", "top_k", "top_p", "windows_per_call")
     return SamplerConfig.model_validate({name: getattr(sampler, name) for name in names})
 
 
@@ -109,7 +109,7 @@ def draw_samples(
             "codes": codes_BT,
             "drafts": sampled.drafts_NTK.numpy().astype(np.int32),
             "features": np.empty((len(codes_BT), 0)) if extract is None else extract(tokenizer.decode(codes_BT)),
-            "num_calls": np.array([sampled.num_backbone_calls]),
+            "calls": sampled.calls_per_sample_N.numpy(),
             "seconds": np.array([seconds_s]),
         }
 
@@ -120,10 +120,6 @@ def draw_samples(
         codes_NT=arrays["codes"],
         drafts_NTK=arrays["drafts"],
         features_NF=arrays["features"],
-        calls_per_image=_mean(arrays["num_calls"]),
+        calls_per_image=float(arrays["calls"].mean()),
         seconds_per_image=float(arrays["seconds"].sum()) / num_samples,
     )
-
-
-def _mean(values: Array) -> float:
-    return float(values.mean())
