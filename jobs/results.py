@@ -20,6 +20,8 @@ from training.checkpoint import list_checkpoints
 from training.json_lines import parse_json_lines
 
 METRICS = "metrics.jsonl"
+DAMAGE = (ArtifactError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading a run's files raises where they are not those of its kind."""
 
 
 class Measure(Config):
@@ -52,7 +54,7 @@ def find_run(storage: Storage, *, kind: str, spec: dict[str, Any]) -> Found:
     """
     try:
         return _FINDERS[kind](storage, spec)
-    except (ArtifactError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except DAMAGE as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
         rule = f"its files must be those of a run of kind {kind}"
         return Found(

@@ -5,6 +5,7 @@ Made from the runs' files alone, so it can be written again at any time. No scri
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from jobs.charts import Curve, overlay_chart
-from jobs.results import read_lines
+from jobs.results import DAMAGE, read_lines
 from jobs.study_results import StudyResult
 from jobs.study_table import columns_of, describe, lines_of
 from pipeline.config import S3Config
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
 MEANINGS = {
@@ -65,7 +68,7 @@ def report_page(result: StudyResult, *, s3: S3Config) -> str:
 
 def _charts(result: StudyResult, *, s3: S3Config) -> list[Chart]:
     """The curves of all training runs, also of those that are not done."""
-    metrics = {run.name: read_lines(open_storage(f"{result.run_dir}/{run.name}", s3=s3)) for run in result.runs}
+    runs = {run.name: open_storage(f"{result.run_dir}/{run.name}", s3=s3) for run in result.runs}
     wanted: tuple[tuple[str, str, Callable[[dict[str, Any]], float | None]], ...] = (
         ("offset 0 after own drafts, held out", "validation", lambda line: line["own_draft_loss_0"]),
         ("offset 0 in windows noised by the schedule, held out", "validation", lambda line: line["loss_of_offset"][0]),
@@ -74,7 +77,7 @@ def _charts(result: StudyResult, *, s3: S3Config) -> list[Chart]:
     charts = []
     for heading, split, value_of in wanted:
         groups = {
-            line.name: [_curve(metrics[run.name], split=split, value_of=value_of) for run in line.runs]
+            line.name: [_curve(runs[run.name], split=split, value_of=value_of) for run in line.runs]
             for line in lines_of(result)
         }
         if any(curve.steps for curves in groups.values() for curve in curves):
@@ -83,7 +86,12 @@ def _charts(result: StudyResult, *, s3: S3Config) -> list[Chart]:
     return charts
 
 
-def _curve(lines: list[dict[str, Any]], *, split: str, value_of: Callable[[dict[str, Any]], float | None]) -> Curve:
-    points = [(line["step"], value_of(line)) for line in lines if line["split"] == split]
+def _curve(run: Storage, *, split: str, value_of: Callable[[dict[str, Any]], float | None]) -> Curve:
+    """A run's curve; of one whose metrics are damaged there is none, and the page is written without it."""
+    try:
+        points = [(line["step"], value_of(line)) for line in read_lines(run) if line["split"] == split]
+    except DAMAGE as error:
+        logger.warning("study run=%s has no curve: its metrics cannot be read: %r", run, error)
+        return Curve(steps=[], values=[])
     known = [(step, value) for step, value in points if value is not None]  # null is what was not finite
     return Curve(steps=[step for step, _ in known], values=[value for _, value in known])
