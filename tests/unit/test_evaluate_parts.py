@@ -17,8 +17,10 @@ from pipeline.storage import ArtifactError, open_storage
 from training.config import ModelConfig, NoiseConfig, SamplerConfig
 from training.evaluation.config import BootstrapConfig, ReferenceConfig, ShownConfig, TuningConfig
 from training.evaluation.draft_shift import summarise_held_out
+from training.evaluation.features import Features
 from training.evaluation.flips import flip_rates
 from training.evaluation.held_out import score_held_out, spread_indices
+from training.evaluation.image_features import FeatureReader
 from training.evaluation.intervals import Intervals
 from training.evaluation.pictures import choose_shown
 from training.evaluation.real_images import choose_images, crop_images, is_in_report_half
@@ -214,3 +216,35 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path) -> None:
     stages.check_inputs({"weights": "aa", "tokenizer": "bb"})
     with pytest.raises(ArtifactError, match=r"these have: weights \(then 'aa', now 'cc'\); set another run_dir"):
         stages.check_inputs({"weights": "cc", "tokenizer": "bb"})
+
+
+def test_a_damaged_part_is_named_and_made_anew_once_it_is_removed(tmp_path: Path) -> None:
+    stages = Stages(open_storage(str(tmp_path)))
+    made = {"numbers": np.arange(100)}
+    stages.arrays("set/00000", lambda: made)
+    stages.json("measure", lambda: {"value": 1.5})
+    torn = {"set/00000.npz": 300, "measure.json": 5}
+    for name, size in torn.items():
+        path = tmp_path / "stages" / name
+        path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ArtifactError, match=r"stages/set/00000\.npz: it must be a whole part .*; remove it"):
+        stages.arrays("set/00000", lambda: made)
+    with pytest.raises(ArtifactError, match=r"stages/measure\.json: it must be a whole part .*; remove it"):
+        stages.json("measure", lambda: {"value": 1.5})
+    for name in torn:
+        (tmp_path / "stages" / name).unlink()
+    assert stages.arrays("set/00000", lambda: made)["numbers"].tolist() == list(range(100))
+    assert stages.json("measure", lambda: {"value": 1.5}) == {"value": 1.5}
+
+
+def test_damaged_features_in_the_cache_are_named(tmp_path: Path) -> None:
+    features = Features(
+        name="mean", dim=3, digest="aa", device=torch.device("cpu"), forward=lambda images: images.float().mean((2, 3))
+    )
+    reader = FeatureReader(features, cache_dir=str(tmp_path))
+    images = np.full((2, 4, 4, 3), 7, dtype=np.uint8)
+    assert reader.extract(images).tolist() == [[7.0, 7.0, 7.0]] * 2
+    (cached,) = tmp_path.glob("*/*.npy")
+    cached.write_bytes(cached.read_bytes()[:-4])
+    with pytest.raises(ArtifactError, match=rf"{cached.name}: it must be a whole array of features, .*; remove it"):
+        reader.extract(images)

@@ -47,7 +47,7 @@ class FeatureReader:
         self._cache: Storage | None = None if cache_dir is None else open_storage(cache_dir)
 
     def extract(self, images_NHWC: Images) -> FloatFeatures:
-        """Return (N, F) features of uint8 images (N, H, W, 3)."""
+        """Return (N, F) features of uint8 images (N, H, W, 3); ArtifactError where the cache's are damaged."""
         if self._cache is None:
             return self.features.extract(images_NHWC)
         digest = hashlib.sha256(f"{self.features.fingerprint} {images_NHWC.shape}".encode())
@@ -58,7 +58,13 @@ class FeatureReader:
             buffer = io.BytesIO()
             np.save(buffer, self.features.extract(images_NHWC))
             self._cache.write_bytes(name, buffer.getvalue())
-        cached: FloatFeatures = np.load(io.BytesIO(self._cache.read_bytes(name)), allow_pickle=False)
+        try:
+            cached: FloatFeatures = np.load(io.BytesIO(self._cache.read_bytes(name)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ArtifactError(
+                f"read {self._cache.url_of(name)}: it must be a whole array of features, got {error!r:.100}; remove it "
+                "and run the job again, which makes it anew"
+            ) from error
         return cached
 
 

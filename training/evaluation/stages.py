@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -66,12 +68,27 @@ class Stages:
         Args:
             name: of the part, such as `samples/00003`.
             make: makes it.
+
+        Raises:
+            ArtifactError: the part is damaged.
         """
         if not self.has(name):
             write_arrays(self.storage, _file_of(name), make())
             logger.info("evaluate committed=%s", name)
-        with np.load(io.BytesIO(self.storage.read_bytes(_file_of(name))), allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        return self._read_arrays(_file_of(name))
+
+    def _read_arrays(self, path: str) -> Arrays:
+        try:
+            with np.load(io.BytesIO(self.storage.read_bytes(path)), allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: str, error: Exception) -> ArtifactError:
+        return ArtifactError(
+            f"read {self.storage.url_of(path)}: it must be a whole part of an evaluation, got {error!r:.100}; remove it "
+            "and run the job again, which makes it anew"
+        )
 
     def batches(
         self, name: str, *, num_samples: int, batch_size: int, make: Callable[[slice], Arrays]
@@ -89,11 +106,14 @@ class Stages:
             yield self.arrays(f"{name}/{index:05d}", partial(make, batch))
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a part that is JSON, made and committed where it is not there yet."""
+        """Return a part that is JSON, made and committed where it is not there yet; ArtifactError as `arrays`."""
         path = f"{STAGES}/{name}.json"
         if self.storage.find(path) is None:
             self.storage.write_json(path, make())
-        return json.loads(self.storage.read_bytes(path))
+        try:
+            return json.loads(self.storage.read_bytes(path))
+        except ValueError as error:
+            raise self._damaged(path, error) from error
 
 
 def write_arrays(storage: Storage, name: str, arrays: Arrays) -> None:
