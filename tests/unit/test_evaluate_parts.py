@@ -218,6 +218,15 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path) -> None:
         stages.check_inputs({"weights": "cc", "tokenizer": "bb"})
 
 
+def test_parts_of_another_version_of_the_program_are_refused(tmp_path: Path) -> None:
+    stages = Stages(open_storage(str(tmp_path)))
+    stages.check_inputs({"weights": "aa"})
+    inputs = tmp_path / "stages" / "inputs.json"
+    inputs.write_text(inputs.read_text().replace('"stages version": 1', '"stages version": 0'))
+    with pytest.raises(ArtifactError, match=r"these have: stages version \(then 0, now 1\); set another run_dir"):
+        stages.check_inputs({"weights": "aa"})
+
+
 def test_a_damaged_part_is_named_and_made_anew_once_it_is_removed(tmp_path: Path) -> None:
     stages = Stages(open_storage(str(tmp_path)))
     made = {"numbers": np.arange(100)}

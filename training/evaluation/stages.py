@@ -27,6 +27,8 @@ Arrays = dict[str, Array]
 
 STAGES = "stages"
 INPUTS_NAME = f"{STAGES}/inputs.json"
+STAGES_VERSION = 1
+"""Raised whenever a part would come out otherwise from the same inputs, so that no older program's parts are used."""
 
 
 class Stages:
@@ -37,7 +39,7 @@ class Stages:
         self.storage = storage
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
-        """Write what the parts depend on, or compare it with what is there.
+        """Write what the parts depend on, this program's version of them included, or compare it with what is there.
 
         Args:
             inputs: JSON values by name.
@@ -45,6 +47,7 @@ class Stages:
         Raises:
             ArtifactError: the parts that are there come from other inputs; names them.
         """
+        inputs = {"stages version": STAGES_VERSION} | inputs
         if self.storage.find(INPUTS_NAME) is None:
             self.storage.write_json(INPUTS_NAME, inputs)
             return
@@ -86,8 +89,8 @@ class Stages:
 
     def _damaged(self, path: str, error: Exception) -> ArtifactError:
         return ArtifactError(
-            f"read {self.storage.url_of(path)}: it must be a whole part of an evaluation, got {error!r:.100}; remove it "
-            "and run the job again, which makes it anew"
+            f"read {self.storage.url_of(path)}: it must be a whole part of an evaluation, got {error!r:.100}; remove "
+            "it and run the job again, which makes it anew"
         )
 
     def batches(
