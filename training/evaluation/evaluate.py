@@ -72,7 +72,7 @@ def run_evaluate(config: EvaluateConfig) -> str:
 
 
 def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
-    """Return whether the results of these weights are there.
+    """Return whether the results of these weights are there; results outlive weights that are removed, with a warning.
 
     Raises:
         ArtifactError: they are of other weights: a run that has trained on.
@@ -81,7 +81,12 @@ def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
         return False
     result = json.loads(storage.read_bytes(RESULT))
     before = {"weights": result["weights"], "control.weights": result["control"] or {"sha256": None}}
-    differing = [name for name, digest in digests_of_weights(config).items() if before[name]["sha256"] != digest]
+    try:
+        digests = digests_of_weights(config)
+    except ArtifactError as error:
+        logger.warning("evaluate run_dir=%s keeps its results; its weights cannot be compared: %s", storage, error)
+        return True
+    differing = [name for name, digest in digests.items() if before[name]["sha256"] != digest]
     if differing:
         raise ArtifactError(
             f"evaluate into {storage}: its results must be of the weights that the spec names, got another content of "
