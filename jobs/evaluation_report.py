@@ -19,6 +19,7 @@ from pipeline.storage import Storage, open_storage
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.evaluate import read_evaluation, run_evaluate
 from training.evaluation.pictures import PICTURES_NAME
+from training.evaluation.tuning import fields_at_edge
 
 REPORT_NAME = "report.html"
 MAX_CLASS_LINES = 40
@@ -95,6 +96,7 @@ def write_evaluation_report(storage: Storage) -> str:
         losses=_losses(result),
         differences=_differences(result),
         charts=_charts(result),
+        at_edge=[] if result["tuning"] is None else fields_at_edge(result["tuning"]),
         grid=_grid(result, pictures),
         strips=_strips(result, pictures),
         nearest=_nearest(result, pictures),

@@ -168,6 +168,7 @@ def test_the_report_is_whole_and_escapes_what_comes_from_the_corpus(copied: Eval
     assert "http://www.w3.org" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "").replace(
         'xmlns:xlink="http://www.w3.org/1999/xlink"', ""
     )
+    assert "Its guidance lies at the edge of what was tried" in page  # 1 and 3 were
     for title in ("Samples against real images", "Held-out prediction", "Refinement", "Nearest training images"):
         assert title in page
     assert page.count("<svg") == 5

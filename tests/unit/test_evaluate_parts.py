@@ -26,6 +26,7 @@ from training.evaluation.pictures import choose_shown
 from training.evaluation.real_images import choose_images, crop_images, is_in_report_half
 from training.evaluation.samples import proportional_labels
 from training.evaluation.stages import Stages, joined
+from training.evaluation.tuning import fields_at_edge
 from training.noise import draft_windows, make_windows
 from training.tensorar import TensorAR, build_model
 
@@ -68,6 +69,22 @@ def test_every_combination_of_the_tuned_values_is_tried() -> None:
 def reference_of(urls: str, **fields: object) -> ReferenceConfig:
     source = WebDatasetConfig(kind="webdataset", urls=(urls,))
     return ReferenceConfig.model_validate({"source": source.model_dump(), "num_images": 8, **fields})
+
+
+def tried(**distances: float) -> list[dict[str, float]]:
+    return [{"top_p": float(name[1:]) / 100, "frechet_distance": value} for name, value in distances.items()]
+
+
+def test_a_best_value_at_the_edge_of_those_tried_is_told() -> None:
+    assert fields_at_edge(tried(p60=1.0, p75=2.0, p90=3.0)) == ("top_p",)
+    assert fields_at_edge(tried(p60=2.0, p75=1.0, p90=3.0)) == ()
+    assert fields_at_edge(tried(p60=3.0, p75=2.0, p90=1.0)) == ("top_p",)
+    assert fields_at_edge(tried(p75=3.0, p90=2.0, p100=1.0)) == ()  # there is nothing beyond 1
+    assert fields_at_edge(tried(p75=1.0)) == ()
+    codes = [{"top_k": 10, "frechet_distance": 2.0}, {"top_k": 0, "frechet_distance": 1.0}]
+    assert fields_at_edge(codes) == ()  # 0 is all codes
+    assert fields_at_edge([codes[1] | {"frechet_distance": 3.0}, codes[0]]) == ("top_k",)
+    assert fields_at_edge([*codes, {"top_k": 90, "frechet_distance": 0.5}]) == ()  # between 10 and all
 
 
 def test_the_chosen_images_do_not_depend_on_their_order_and_are_a_part_of_a_larger_choice(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ combinations have the same labels and draws, so they differ in the sampler alone
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.config import SamplerConfig
@@ -17,6 +18,9 @@ from training.evaluation.image_features import FloatFeatures
 from training.evaluation.samples import SampleSet
 
 logger = logging.getLogger(__name__)
+
+LIMITS = (("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("guidance", 0.0))
+"""Values that nothing lies beyond."""
 
 
 def tune_sampler(
@@ -43,4 +47,27 @@ def tune_sampler(
         tried.append({name: fields[name] for name in config.tried} | {"frechet_distance": distance})
         logger.info("evaluate tuning=%d of=%d frechet_distance=%.2f", index + 1, len(samplers), distance)
     best = min(range(len(samplers)), key=lambda index: tried[index]["frechet_distance"])
+    if at_edge := fields_at_edge(tried):
+        logger.warning(
+            "evaluate tuning: the best %s lies at the edge of what was tried; try values beyond it in another run_dir",
+            ", ".join(f"{name} = {tried[best][name]:g}" for name in at_edge),
+        )
     return samplers[best], tried
+
+
+def fields_at_edge(tried: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the fields whose best value is the least or the greatest of several, so that a better one may lie beyond.
+
+    Args:
+        tried: as `tune_sampler` returns it, at least one.
+    """
+    best = min(tried, key=lambda entry: float(entry["frechet_distance"]))
+    return tuple(name for name in best if name != "frechet_distance" and _is_at_edge(name, best, tried))
+
+
+def _is_at_edge(name: str, best: dict[str, Any], tried: Sequence[dict[str, Any]]) -> bool:
+    def of(entry: dict[str, Any]) -> float:
+        return math.inf if name == "top_k" and entry[name] == 0 else float(entry[name])
+
+    values = {of(entry) for entry in tried}
+    return len(values) > 1 and of(best) in (min(values), max(values)) and (name, best[name]) not in LIMITS
