@@ -191,6 +191,10 @@ def test_a_model_without_windows_or_control_is_evaluated_as_well(finished: Evalu
     assert (result["control"], result["memorised"], result["tuning"]) == (None, None, None)
     assert result["flips"]["flip_rate"] is None
     assert result["held_out"]["differences"]["draft_shift"]["value"] == 0.0
+    of_drafts = {"draft_shift", "draft_gain", "interference", "loss_schedule", "flip_rate"}
+    assert not of_drafts & set(result["headline"])
+    assert of_drafts <= set(result_of(finished)["headline"])
+    assert "loss_own_drafts" in result["headline"]
     # The reference, its halves and its floors are those of every other job over the corpus.
     for of in ("real", "decoded"):
         theirs = result_of(finished)["measures"]["frechet_distance"][of]

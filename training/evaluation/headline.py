@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+OF_DRAFTS = ("loss_schedule", "draft_shift", "draft_gain", "interference", "interference_uninformed")
+"""What says nothing without drafts: 0, or what another name says."""
+
 
 def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the headline of a result: `value`, and `low` and `high` where there is an interval, by name.
@@ -17,6 +20,7 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """
     held_out, measures = result["held_out"], result["measures"]
     distance = measures["frechet_distance"]
+    left_out = OF_DRAFTS if result["weights"]["window_size"] == 1 else ()
     intervals = {
         "loss_own_drafts": held_out["offset_0"]["own_drafts"],
         "loss_schedule": held_out["offset_0"]["schedule"],
@@ -39,6 +43,6 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     headline = {
         name: {part: interval[part] for part in ("value", "low", "high")}
         for name, interval in intervals.items()
-        if interval is not None
+        if interval is not None and name not in left_out
     }
     return headline | {name: {"value": value} for name, value in numbers.items() if value is not None}
