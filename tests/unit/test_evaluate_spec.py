@@ -8,6 +8,7 @@ import pytest
 
 from jobs.evaluation_report import told
 from jobs.spec import SpecError, load_spec, shipped_spec
+from pipeline.config import TokenizeConfig
 from training.evaluation.config import EvaluateConfig
 
 
@@ -32,6 +33,11 @@ def test_the_shipped_spec_tunes_and_has_a_control() -> None:
     assert spec.control is not None
     assert spec.tuning is not None
     assert len(spec.tuning.samplers(spec.sampler)) == 4
+    assert spec.training_set is not None
+    tokenize = load_spec(shipped_spec("tokenize_open_emoji"))
+    assert isinstance(tokenize, TokenizeConfig)
+    assert (spec.training_set.num_samples, spec.training_set.num_views) == (None, 2)
+    assert tokenize.views.kind == "flip"  # two
     assert Path(spec.run_dir).parts[:2] == Path(spec.weights).parts[:2] == ("runs", "demo")
 
 
