@@ -1,9 +1,9 @@
 """Samples against real images: distances, precision and recall, label score; each beside what real images come to.
 
 Invariant: a measure that depends on the number of images is taken on equally many samples, real images of the tuning
-half (`real`, the floor that no model can beat) and reconstructions of them (`decoded`, the floor of any model over
-these codes), all against the whole report half. Distances to the decoded report half leave the tokenizer out: there
-`decoded` is the floor, and what is above it is the model's.
+half (`real`) and reconstructions of them (`decoded`), all against the whole report half. These are marks and no bounds:
+the two halves have no group in common, while a model may have been trained on images of the report half, and sharpened
+samples trade recall for precision above the mark. Distances to the decoded report half leave the tokenizer out.
 
 N samples, F features.
 """
