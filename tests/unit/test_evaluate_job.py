@@ -155,6 +155,19 @@ def test_another_spec_or_other_weights_in_the_same_directory_are_refused(
         run_evaluate(copied.model_copy(update={"weights": str(trained_on)}))
 
 
+def test_held_out_codes_that_were_made_anew_since_are_refused(copied: EvaluateConfig) -> None:
+    (Path(copied.run_dir) / "evaluation.json").unlink()
+    held_out = Path(copied.held_out.shards)
+    held_out.rename(held_out.with_name("before"))
+    try:
+        shutil.copytree(held_out.with_name("training"), held_out)  # as many samples
+        with pytest.raises(ArtifactError, match=r"these have: held_out\.shards \(then '\w+', now '\w+'\); set another"):
+            run_evaluate(copied)
+    finally:
+        shutil.rmtree(held_out)
+        held_out.with_name("before").rename(held_out)
+
+
 def test_the_report_is_whole_and_escapes_what_comes_from_the_corpus(copied: EvaluateConfig) -> None:
     run_dir = Path(copied.run_dir)
     result = json.loads((run_dir / "evaluation.json").read_text())

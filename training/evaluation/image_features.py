@@ -171,13 +171,13 @@ class TrainingImages:
         Raises:
             ArtifactError: there is none, or another tokenizer wrote it.
         """
-        self._shard_set = ShardSet.open(config.shards, s3=s3)
-        check_codes(self._shard_set, tokenizer=tokenizer)
+        self.shard_set = ShardSet.open(config.shards, s3=s3)
+        check_codes(self.shard_set, tokenizer=tokenizer)
         self._tokenizer = tokenizer
         self._sample_indices = spread_indices(
-            config.num_samples or self._shard_set.num_samples, of=self._shard_set.num_samples
+            config.num_samples or self.shard_set.num_samples, of=self.shard_set.num_samples
         )
-        self.num_views = min(config.num_views, self._shard_set.num_views)
+        self.num_views = min(config.num_views, self.shard_set.num_views)
         """Views of each sample."""
 
     def __len__(self) -> int:
@@ -186,7 +186,7 @@ class TrainingImages:
 
     def decode(self, image_indices: Int64Array) -> Images:
         """Return the images of some indices, (N, H, W, 3)."""
-        codes_NT, _ = self._shard_set.read_batch(
+        codes_NT, _ = self.shard_set.read_batch(
             self._sample_indices[image_indices // self.num_views], views=image_indices % self.num_views
         )
         return self._tokenizer.decode(codes_NT)

@@ -89,8 +89,8 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         **digests_of_weights(config),
         "tokenizer": tokenizer.fingerprint.digest,
         "features": features.fingerprint,
-        "held_out samples": held_out.num_samples,
-        "training images": None if training_images is None else len(training_images),
+        "held_out.shards": digest_of_shards(held_out),
+        "training_set.shards": None if training_images is None else digest_of_shards(training_images.shard_set),
     }
     return Inputs(
         device=device,
@@ -102,6 +102,12 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         reader=FeatureReader(features, cache_dir=config.features.cache_dir),
         digests=digests,
     )
+
+
+def digest_of_shards(shard_set: ShardSet) -> str:
+    """Return 16 hex digits that change with the bytes of a set's shards, whose checksums its manifest has."""
+    checksums = [shard.sha256 for shard in shard_set.manifest.shards]
+    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
 
 
 def digests_of_weights(config: EvaluateConfig) -> dict[str, str | None]:
