@@ -87,7 +87,7 @@ def test_a_best_value_at_the_edge_of_those_tried_is_told() -> None:
     assert fields_at_edge([*codes, {"top_k": 90, "frechet_distance": 0.5}]) == ()  # between 10 and all
 
 
-def test_the_chosen_images_do_not_depend_on_their_order_and_are_a_part_of_a_larger_choice(tmp_path: Path) -> None:
+def test_the_chosen_images_are_a_part_of_a_larger_choice(tmp_path: Path) -> None:
     urls = write_tars(tmp_path, num_tars=2, samples_per_tar=10)
     chosen = choose_images(reference_of(urls), s3=S3Config())
     more = choose_images(reference_of(urls, num_images=12), s3=S3Config())
@@ -106,6 +106,13 @@ def test_images_of_a_group_are_in_one_half(tmp_path: Path) -> None:
     assert {image.in_report_half for image in by_prefix} == {is_in_report_half("s")}
     with pytest.raises(ArtifactError, match=r"group_field must be a field of every sample, but s0000 has only group"):
         choose_images(reference_of(urls, group_field="concept"), s3=S3Config())
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tars(tmp_path, num_tars=1, samples_per_tar=4)
+    write_tar(tmp_path / "00001.tar", [("alone.json", b'{"label": 1}')])
+    assert len(choose_images(reference_of(f"{tmp_path}/*.tar"), s3=S3Config())) == 4
+    assert "image=1/alone rejected reason=" in caplog.text
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The real images of an evaluation: which ones of a corpus, in which half, and their pixels.
 
-Invariant: the choice depends on the images' names alone, not on their order, the seed or the machine, so that every job
-over a corpus is measured on the same images. One pass over the corpus; the bytes of the chosen ones are held, the
-pixels of a batch at a time.
+Invariant: the choice depends on the images' names and the numbers of their work units alone (so on the order of tars),
+and the half on the group alone: not on the seed or the machine, so that every job over a corpus is measured on the same
+images. One pass over the corpus; the bytes of the chosen ones are held, the pixels of a batch at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RealImage:
 
 
 def choose_images(config: ReferenceConfig, *, s3: S3Config) -> list[RealImage]:
-    """Return the images of a corpus whose names hash lowest, in that order.
+    """Return the images of a corpus whose names hash lowest, in that order; one that cannot be read is logged.
 
     Raises:
         ArtifactError: the corpus is missing or damaged, or has no images.
@@ -57,9 +57,10 @@ def choose_images(config: ReferenceConfig, *, s3: S3Config) -> list[RealImage]:
     chosen: list[tuple[int, str, RealImage]] = []  # a heap whose first has the highest hash
     for unit in source.plan().units:
         for sample in source.read(unit):
-            if sample.problem is not None:
-                continue
             name = f"{unit.unit_index}/{sample.source}"
+            if sample.problem is not None:
+                logger.warning("evaluate image=%s rejected reason=%s", name, sample.problem.reason)
+                continue
             place = -_hash(f"image {name}")
             if len(chosen) == config.num_images and place <= chosen[0][0]:
                 continue
