@@ -1,0 +1,72 @@
+"""Which sets the measures of an evaluation are taken of, on features whose distances are known without computing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.evaluation.config import BootstrapConfig
+from training.evaluation.image_features import Half, Reference
+from training.evaluation.intervals import Intervals
+from training.evaluation.measures import compared_sets, distances_of, distances_to_decoded, label_score, manifold_of
+from training.evaluation.samples import SampleSet
+
+INTERVALS = Intervals(BootstrapConfig(num_resamples=2, min_per_class=4), seed=0)
+POINTS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+
+
+def half(real_NF: np.ndarray, decoded_NF: np.ndarray, *, labels_N: np.ndarray | None = None) -> Half:
+    labels_N = np.zeros(len(real_NF), dtype=np.int64) if labels_N is None else labels_N
+    return Half(labels_N=labels_N, real_NF=real_NF, decoded_NF=decoded_NF)
+
+
+def sample_set(features_NF: np.ndarray, *, labels_N: np.ndarray | None = None) -> SampleSet:
+    count = len(features_NF)
+    return SampleSet(
+        labels_N=np.zeros(count, dtype=np.int64) if labels_N is None else labels_N,
+        codes_NT=np.zeros((count, 1), dtype=np.int32),
+        drafts_NTK=np.zeros((count, 1, 1), dtype=np.int32),
+        features_NF=features_NF,
+        calls_per_image=1.0,
+        seconds_per_image=1.0,
+    )
+
+
+def moved(by: float) -> np.ndarray:
+    return POINTS + np.array([by, 0, 0], dtype=np.float32)
+
+
+def values_of(intervals: dict[str, Any]) -> dict[str, float]:
+    return {of: interval["value"] for of, interval in intervals.items()}
+
+
+def test_distances_are_to_the_report_half_as_it_is_and_decoded() -> None:
+    # Sets that are moved copies of each other are as far apart as the square of the way.
+    reference = Reference(tuning=half(moved(1), moved(5)), report=half(moved(0), moved(3)), num_rejected=0)
+    sets = compared_sets(sample_set(moved(7)), reference)
+    to_real = distances_of("frechet_distance", sets, reference=reference, intervals=INTERVALS)
+    assert values_of(to_real) == pytest.approx({"samples": 49, "real": 1, "decoded": 25}, rel=1e-4)
+    to_decoded = distances_to_decoded("frechet_distance", sets, reference=reference, intervals=INTERVALS)
+    assert values_of(to_decoded) == pytest.approx({"samples": 16, "decoded": 4}, rel=1e-4)
+
+
+def test_precision_is_of_samples_and_recall_of_real_images() -> None:
+    line = np.arange(12, dtype=np.float32)[:, None]
+    close = (0.5 + 0.001 * line).astype(np.float32)  # in the balls of the real images at 0, 1 and 2; their own are tiny
+    reference = Reference(tuning=half(line + 100, line), report=half(line, line), num_rejected=0)
+    found = manifold_of(compared_sets(sample_set(close), reference), reference=reference, intervals=INTERVALS)
+    of_samples = {name: found[name]["samples"]["value"] for name in found}
+    assert of_samples == {"precision": 1.0, "recall": 0.0, "density": 1.0, "coverage": 0.25}
+    assert [found[name]["real"]["value"] for name in ("precision", "recall")] == [0.0, 0.0]
+    assert [found[name]["decoded"]["value"] for name in ("precision", "recall")] == [1.0, 1.0]
+
+
+def test_classes_of_the_label_score_are_those_of_both_halves() -> None:
+    east, north = (np.tile(np.float32([x, y]), (4, 1)) for x, y in ((1, 0), (0, 1)))
+    labels_N = np.full(4, 1, dtype=np.int64)
+    reference = Reference(tuning=half(east, east), report=half(north, north, labels_N=labels_N), num_rejected=0)
+    samples = sample_set(np.concatenate([east, north]), labels_N=np.array([0, 0, 0, 1, 1, 1, 1, 1]))
+    score = label_score(samples, reference, num_classes=3, intervals=INTERVALS)
+    assert values_of(score["top_1"]) == {"samples": 7 / 8, "real": 1.0}
