@@ -18,10 +18,12 @@ from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 from training.evaluation.adm_npz import read_adm_npz
 from training.evaluation.config import EvaluateConfig
+from training.evaluation.distances import frechet_distance
 from training.evaluation.evaluate import read_evaluation, run_evaluate
 from training.evaluation.features import load_features
 from training.evaluation.image_features import FeatureReader, reference_features
 from training.evaluation.real_images import choose_images, crop_images
+from training.evaluation.samples import proportional_labels
 from training.evaluation.stages import Stages
 from training.sampling import sample_codes
 from training.weights import load_model
@@ -99,6 +101,26 @@ def test_the_samples_are_those_of_the_chosen_sampler_with_labels_in_proportion(f
     control_codes = sample_codes(control, labels[shown], config=sampler, seed=9, sample_counters_N=shown).codes_NT
     expected = Tokenizer.load(finished.tokenizer).decode(control_codes.numpy())
     assert np.array_equal(pictures["control_grid"], expected)
+
+
+def test_samplers_are_judged_by_the_tuning_half_on_draws_of_their_own(finished: EvaluateConfig) -> None:
+    stages = Path(finished.run_dir) / "stages"
+    reference = np.load(stages / "reference" / "00000.npz")
+    real_NF = reference["real"][~reference["in_report_half"]]
+    loaded, _ = load_model(finished.weights, device=torch.device("cpu"), dtype=torch.float32)
+    loaded.use_native_ops()
+    labels = torch.from_numpy(proportional_labels(np.sort(reference["labels"]), num_samples=6))
+    for index, entry in enumerate(read_evaluation(open_storage(finished.run_dir))["tuning"]):
+        drawn = np.load(stages / f"tuning/{index:04d}" / "00000.npz")
+        assert entry["frechet_distance"] == pytest.approx(frechet_distance(drawn["features"], real_NF), rel=1e-9)
+        sampled = sample_codes(
+            loaded,
+            labels,
+            config=finished.sampler.model_copy(update={"guidance": entry["guidance"]}),
+            seed=9,
+            sample_counters_N=torch.arange(14, 20),  # the reported samples have 0 to 13
+        )
+        assert np.array_equal(drawn["codes"], sampled.codes_NT.numpy())
 
 
 def test_a_finished_job_does_nothing(finished: EvaluateConfig) -> None:
