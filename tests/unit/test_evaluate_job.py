@@ -264,3 +264,21 @@ def test_a_half_of_the_reference_holds_its_images_and_what_their_codes_decode_to
     expected = features.extract(np.concatenate([pixels_NHWC, decoded_NHWC]))
     np.testing.assert_allclose(reference.report.real_NF[:3], expected[:3], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(reference.report.decoded_NF[:3], expected[3:], rtol=1e-4, atol=1e-5)
+
+
+def test_tuning_may_leave_the_tokenizer_out(finished: EvaluateConfig, tmp_path: Path) -> None:
+    assert finished.tuning is not None
+    tuning = finished.tuning.model_copy(update={"against": "decoded"})
+    config = finished.model_copy(update={"run_dir": str(tmp_path / "evaluation"), "tuning": tuning})
+    run_evaluate(config)
+    storage = open_storage(config.run_dir)
+    reader = FeatureReader(load_features("efficientnet-lite0", device="cpu"), cache_dir=finished.features.cache_dir)
+    tokenizer = Tokenizer.load(finished.tokenizer)
+    reference = reference_features(
+        Stages(storage), finished.reference, tokenizer=tokenizer, reader=reader, s3=finished.s3
+    )
+    tried = read_evaluation(storage)["tuning"]
+    for index, entry in enumerate(tried):
+        drawn_NF = np.load(tmp_path / "evaluation" / "stages" / f"tuning/{index:04d}" / "00000.npz")["features"]
+        expected = frechet_distance(drawn_NF, reference.tuning.decoded_NF)
+        assert entry["frechet_distance"] == pytest.approx(expected, rel=1e-6)

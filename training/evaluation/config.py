@@ -91,6 +91,9 @@ class TuningConfig(Config):
     draft_temperature: tuple[PositiveFloat, ...] = ()
     num_samples: Annotated[int, Field(ge=MIN_HALF)] = 500
     """Samples drawn for each combination; the same labels and seeds for all."""
+    against: Literal["real", "decoded"] = "real"
+    """The images of the tuning half, or what their codes decode to: where a tokenizer blurs, the first rewards samplers
+    that make up for it, the second leaves it out."""
 
     @model_validator(mode="after")
     def _check_something_is_tried(self) -> TuningConfig:

@@ -244,11 +244,12 @@ class _Evaluation:
         labels_N = self._labels(reference, num_samples=config.tuning.num_samples)
         # Counters behind those of the reported samples: other draws than theirs.
         plan = self._plan(labels_N, counters_N=config.num_samples + np.arange(len(labels_N), dtype=np.int64))
+        half = reference.tuning
         return tune_sampler(
             config.tuning,
             sampler=config.sampler,
             draw=lambda name, sampler: self._draw(name, self._inputs.model, sampler=sampler, plan=plan),
-            real_NF=reference.tuning.real_NF,
+            wanted_NF=half.real_NF if config.tuning.against == "real" else half.decoded_NF,
         )
 
     def _control_grid(self, plan: SamplePlan, *, shown: ShownSamples, sampler: SamplerConfig) -> SampleSet | None:

@@ -28,7 +28,7 @@ def tune_sampler(
     *,
     sampler: SamplerConfig,
     draw: Callable[[str, SamplerConfig], SampleSet],
-    real_NF: FloatFeatures,
+    wanted_NF: FloatFeatures,
 ) -> tuple[SamplerConfig, list[dict[str, Any]]]:
     """Return the best sampler, and every one that was tried with its distance (JSON values).
 
@@ -36,13 +36,13 @@ def tune_sampler(
         config: what to try.
         sampler: the rest of the sampler.
         draw: gives the samples of a sampler, which it names and commits.
-        real_NF: features of the tuning half.
+        wanted_NF: features of the tuning half, as `config.against` says.
     """
     samplers = config.samplers(sampler)
     tried: list[dict[str, Any]] = []
     for index, candidate in enumerate(samplers):
         features_NF = draw(f"tuning/{index:04d}", candidate).features_NF
-        distance = frechet_distance(features_NF, real_NF)
+        distance = frechet_distance(features_NF, wanted_NF)
         fields = candidate.model_dump(mode="json")
         tried.append({name: fields[name] for name in config.tried} | {"frechet_distance": distance})
         logger.info("evaluate tuning=%d of=%d frechet_distance=%.2f", index + 1, len(samplers), distance)
