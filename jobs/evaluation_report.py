@@ -190,7 +190,9 @@ def _charts(result: dict[str, Any]) -> dict[str, Markup]:
         charts["loss"] = offset_chart(held_out, measure="loss_of_offset", label="cross-entropy, nats per code")
         charts["accuracy"] = offset_chart(held_out, measure="accuracy_of_offset", label="accuracy")
     if flips["flip_rate"] is not None:
-        charts |= {"flips": flip_chart(flips["of_offset"]), "flip_grid": flip_grid(flips["of_position"])}
+        charts["flip_grid"] = flip_grid(flips["of_position"])
+        if any(share is not None for share in flips["of_offset"]):  # a stride has none
+            charts["flips"] = flip_chart(flips["of_offset"])
     if result["tuning"] is not None:
         charts["tuning"] = tuning_chart(result["tuning"])
     # The SVG is ours, made of numbers; everything else on the page is escaped.

@@ -25,7 +25,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 DType = Literal["float32", "bfloat16"]
 
-DEFAULT_RECIPE: Recipe = "paper"
+DEFAULT_RECIPE: Recipe = "tuned"
 """The recipe of a train spec that names none."""
 
 

@@ -48,11 +48,17 @@ def with_recipe(spec: Mapping[str, Any], *, default: Recipe) -> dict[str, Any]:
     if not isinstance(recipe, str) or recipe not in RECIPES or _window_size(spec.get("model")) == 1:
         return filled
     for section, values in RECIPES[recipe].items():
-        given = spec.get(section, {})
+        given = _given(spec.get(section, {}))
         if isinstance(given, Mapping):
             names = [name for name in values if not (_says(given, name) or _does_not_fit(name, spec))]
             filled[section] = {name: values[name] for name in names} | dict(given)
     return filled
+
+
+def _given(section: Any) -> Any:
+    """What a section says, a config object what it was made with."""
+    names = getattr(section, "model_fields_set", None)
+    return section if names is None else {name: getattr(section, name) for name in names}
 
 
 def _window_size(model: Any) -> Any:

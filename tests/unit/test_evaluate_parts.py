@@ -47,6 +47,8 @@ def test_flips_are_counted_by_position_and_by_the_offset_of_the_draft() -> None:
     assert flips["of_position"] == [None, 0.5, 1.0]
     # Offset 1 drafts codes 1 and 2 (refinement 1): 2 of 4 differ; offset 2 drafts code 2 alone: both differ.
     assert flips["of_offset"] == [None, 0.5, 1.0]
+    strided = flip_rates(drafts, stride=2)
+    assert (strided["flip_rate"], strided["of_offset"]) == (0.75, [None, None, None])
     assert flip_rates(drafts[:, :, :1]) == {"flip_rate": None, "of_position": [None] * 3, "of_offset": [None]}
 
 

@@ -58,6 +58,11 @@ def test_what_a_spec_gives_wins(noise: dict[str, Any], fraction: float, weights:
     assert config.noise.weights_of_offsets(4) == weights
 
 
+def test_a_section_that_is_a_config_object_is_filled_in_as_well() -> None:
+    filled = with_recipe({"model": {"window_size": 4}, "noise": NoiseConfig(schedule="sine")}, default="tuned")
+    assert filled["noise"] == {"schedule": "sine", "own_draft_fraction": 0.75, "draft_weight": 0.1}
+
+
 def test_every_field_that_a_recipe_names_is_one_and_the_data_is_not_touched() -> None:
     sections = {"noise": NoiseConfig, "optimizer": OptimizerConfig}
     for recipe in RECIPES.values():

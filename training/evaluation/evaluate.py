@@ -159,7 +159,7 @@ class _Evaluation:
             "sampler": sampler.model_dump(mode="json"),
             "num_samples": len(labels_N),
             "measures": self._measures(samples, reference),
-            "flips": {"draft_policy": sampler.draft_policy, **flip_rates(samples.drafts_NTK)},
+            "flips": {"draft_policy": sampler.draft_policy, **flip_rates(samples.drafts_NTK, stride=sampler.stride)},
             "cost": {"backbone_calls_per_image": samples.calls_per_image, "batch_size": config.batch_size},
             "memorised": None if memorised is None else memorised.summary,
             "pictures": pictures,
