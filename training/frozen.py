@@ -12,30 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.gpt import KeyValueCache, positions_from
+from training.gpt import KeyValueCache, Readout, positions_from
 from training.mixing import attend_from_tables, window_tables
 from training.noise import valid_offsets
+from training.ops import project_states
 from training.tensorar import TensorAR, has_tables
-
-
-HEAD_ROWS_AT_A_TIME = 256
-"""Of the head's weight; they stay in a core's cache while they are multiplied."""
-
-
-def project_in_parts(states: Tensor, weight_VD: Tensor) -> Tensor:
-    """The logits (..., V) of states (..., D), without gradient: the same bits as one product, sooner on a CPU.
-
-    In float32, 32 rows take 0.8 of one product's time (and 8 rows as well, torch 2.13 with MKL), which packs all of the
-    weight first. In bfloat16 one product is the faster way.
-    """
-    if states.device.type != "cpu" or states.dtype != torch.float32:
-        return F.linear(states, weight_VD)
-    rows_RD = states.reshape(-1, states.shape[-1])
-    logits_RV = rows_RD.new_empty(len(rows_RD), len(weight_VD))
-    for start in range(0, len(weight_VD), HEAD_ROWS_AT_A_TIME):
-        some = slice(start, start + HEAD_ROWS_AT_A_TIME)
-        torch.mm(rows_RD, weight_VD[some].transpose(0, 1), out=logits_RV[:, some])
-    return logits_RV.view(*states.shape[:-1], -1)
 
 
 class FrozenModel:
@@ -53,6 +34,8 @@ class FrozenModel:
         self.ops = model.ops
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
+        is_native = self.ops == "native" and self.device.type == "cpu" and self.dtype == torch.float32
+        self._project: Readout = project_states if is_native else F.linear
         self._valid_TK = valid_offsets(
             model.config.num_positions, window_size=model.config.window_size, device=self.device
         )
@@ -94,5 +77,5 @@ class FrozenModel:
         """Logits (B, L, K, V) of backbone states, in float32 or wider."""
         decoder = self.model.output_decoder
         states = h_BLD[:, :, None] if decoder is None else decoder(h_BLD, constants=self._constants)
-        logits: Tensor = self.model.base.head(states, readout=project_in_parts)
+        logits: Tensor = self.model.base.head(states, readout=self._project)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

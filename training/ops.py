@@ -167,6 +167,26 @@ def drawn_codes(
     return codes_N, is_certain_N
 
 
+def project_states(states: Tensor, weight_VD: Tensor) -> Tensor:
+    """(..., V): `F.linear(states, weight_VD)` in one pass over the weight, for some dozen states; without gradient.
+
+    An element is one sum over d in order, so it does not depend on the number of states; it differs from `F.linear` by
+    rounding.
+
+    Args:
+        states: (..., D) float32 on the CPU, as the next.
+        weight_VD: contiguous.
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        RuntimeError: an argument has another shape, dtype or device.
+    """
+    load_ops()
+    states_RD = states.reshape(-1, states.shape[-1]).contiguous()
+    projected_RV: Tensor = torch.ops.tensorar.project_states(states_RD, weight_VD)
+    return projected_RV.view(*states.shape[:-1], -1)
+
+
 _NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
@@ -191,6 +211,10 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tensorar::drawn_codes")  # type: ignore[untyped-decorator]
     def _(logits_RV: Tensor, rows_N: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         return torch.empty_like(rows_N), torch.empty_like(rows_N, dtype=torch.bool)
+
+    @torch.library.register_fake("tensorar::project_states")  # type: ignore[untyped-decorator]
+    def _(states_RD: Tensor, weight_VD: Tensor) -> Tensor:
+        return states_RD.new_empty(len(states_RD), len(weight_VD))
 
     @torch.library.register_fake("tensorar::mix_windows")  # type: ignore[untyped-decorator]
     def _(codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor) -> tuple[Tensor, Tensor]:

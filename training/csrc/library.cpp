@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
   library.def(
       "drawn_codes(Tensor logits, Tensor rows, Tensor samples, Tensor positions, Tensor streams, int seed) -> "
       "(Tensor, Tensor)");
+  library.def("project_states(Tensor states, Tensor weight) -> Tensor");
   library.def("mix_windows(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight) -> (Tensor, Tensor)");
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
