@@ -184,7 +184,7 @@ def project_states(states: Tensor, weight_VD: Tensor) -> Tensor:
     load_ops()
     states_RD = states.reshape(-1, states.shape[-1]).contiguous()
     projected_RV: Tensor = torch.ops.tensorar.project_states(states_RD, weight_VD)
-    return projected_RV.view(*states.shape[:-1], -1)
+    return projected_RV.view(*states.shape[:-1], len(weight_VD))
 
 
 _NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"

@@ -3,13 +3,13 @@
 // A library that packs the weight first moves it twice for a handful of states. Here a few weight rows are read in place
 // while the sums of all of a tile's states stay in registers. Each sum has one order, whatever the number of states.
 #include "instruction_sets.h"
-#include "floats.h"
+#include "lanes.h"
 
 namespace tensorar {
 
-constexpr int MAX_TILE_STATES = 2 * FLOATS, WEIGHTS_AT_A_TIME = 48;
+constexpr int SMALL_TILE = 16, LARGE_TILE = 32, WEIGHTS_AT_A_TIME = 48;
 
-// Padded with zero states to one or two times FLOATS, dimension after dimension.
+// States, dimension after dimension, padded with zeros to one of the two widths.
 struct StatesTile {
   const float* packed;
   int64_t dim;
@@ -19,22 +19,27 @@ struct StatesTile {
 FOR_EACH_INSTRUCTION_SET(void project_tile(StatesTile tile, const float* weight_VD, int64_t num_weights, float* to,
                                            int64_t to_stride);)
 
-// Weight rows whose sums fit the registers, beside the states.
+constexpr int VECTOR = 2 * LANES;
+typedef float Vector __attribute__((vector_size(LANES * 8)));
+typedef float VectorInMemory __attribute__((vector_size(LANES * 8), aligned(4), may_alias));
+
+// Weight rows whose sums, of two vectors of states each, fit the registers.
 #if defined(__AVX512F__)
-constexpr int WEIGHTS_OF_SUMS = 12;
-#elif defined(__AVX2__)
-constexpr int WEIGHTS_OF_SUMS = 3;
+constexpr int WEIGHTS_IN_REGISTERS = 12;
 #else
-constexpr int WEIGHTS_OF_SUMS = 1;
+constexpr int WEIGHTS_IN_REGISTERS = 6;
 #endif
 
-template <int VECTORS, int WEIGHTS>
+// Sums of some vectors of a tile's states with some weight rows, rows of `WIDTH` in `sums` as in the tile.
+template <int WIDTH, int VECTORS, int WEIGHTS>
 HOST_DEVICE void project_weights(const float* packed, int64_t dim, const float* weight, float* sums) {
-  Floats sum[WEIGHTS][VECTORS] = {};
+  Vector sum[WEIGHTS][VECTORS] = {};
   for (int64_t d = 0; d < dim; ++d) {
-    Floats states[VECTORS];
+    Vector states[VECTORS];
 #pragma GCC unroll 2
-    for (int i = 0; i < VECTORS; ++i) states[i] = read(packed + (d * VECTORS + i) * FLOATS);
+    for (int i = 0; i < VECTORS; ++i) {
+      states[i] = *reinterpret_cast<const VectorInMemory*>(packed + d * WIDTH + i * VECTOR);
+    }
 #pragma GCC unroll 12
     for (int row = 0; row < WEIGHTS; ++row) {
 #pragma GCC unroll 2
@@ -44,22 +49,29 @@ HOST_DEVICE void project_weights(const float* packed, int64_t dim, const float* 
 #pragma GCC unroll 12
   for (int row = 0; row < WEIGHTS; ++row) {
 #pragma GCC unroll 2
-    for (int i = 0; i < VECTORS; ++i) write(sums + (row * VECTORS + i) * FLOATS, sum[row][i]);
+    for (int i = 0; i < VECTORS; ++i) *reinterpret_cast<VectorInMemory*>(sums + row * WIDTH + i * VECTOR) = sum[row][i];
   }
 }
 
-template <int VECTORS>
-HOST_DEVICE void project_by(StatesTile tile, const float* weight_VD, int64_t num_weights, float* to, int64_t to_stride) {
-  constexpr int WEIGHTS = WEIGHTS_OF_SUMS * (VECTORS == 1 && WEIGHTS_OF_SUMS < 12 ? 2 : 1), WIDTH = VECTORS * FLOATS;
+template <int WIDTH>
+HOST_DEVICE void project_to_width(StatesTile tile, const float* weight_VD, int64_t num_weights, float* to,
+                                  int64_t to_stride) {
+  constexpr int VECTORS = WIDTH >= 2 * VECTOR ? 2 : 1;
   float sums[WEIGHTS_AT_A_TIME * WIDTH];
   for (int64_t start = 0; start < num_weights; start += WEIGHTS_AT_A_TIME) {
     const int64_t left = num_weights - start, count = left < WEIGHTS_AT_A_TIME ? left : WEIGHTS_AT_A_TIME;
-    int64_t row = 0;
-    for (; row + WEIGHTS <= count; row += WEIGHTS) {
-      project_weights<VECTORS, WEIGHTS>(tile.packed, tile.dim, weight_VD + (start + row) * tile.dim, sums + row * WIDTH);
-    }
-    for (; row < count; ++row) {
-      project_weights<VECTORS, 1>(tile.packed, tile.dim, weight_VD + (start + row) * tile.dim, sums + row * WIDTH);
+    for (int64_t row = 0; row < count;) {
+      const bool is_full = count - row >= WEIGHTS_IN_REGISTERS;
+      const float* const weight = weight_VD + (start + row) * tile.dim;
+      for (int column = 0; column < WIDTH; column += VECTORS * VECTOR) {
+        float* const of_row = sums + row * WIDTH + column;
+        if (is_full) {
+          project_weights<WIDTH, VECTORS, WEIGHTS_IN_REGISTERS>(tile.packed + column, tile.dim, weight, of_row);
+        } else {
+          project_weights<WIDTH, VECTORS, 1>(tile.packed + column, tile.dim, weight, of_row);
+        }
+      }
+      row += is_full ? WEIGHTS_IN_REGISTERS : 1;
     }
     for (int state = 0; state < tile.num_states; ++state) {
       float* const out = to + state * to_stride + start;
@@ -70,10 +82,10 @@ HOST_DEVICE void project_by(StatesTile tile, const float* weight_VD, int64_t num
 
 void INSTRUCTION_SET::project_tile(StatesTile tile, const float* weight_VD, int64_t num_weights, float* to,
                                    int64_t to_stride) {
-  if (tile.num_states > FLOATS) {
-    project_by<2>(tile, weight_VD, num_weights, to, to_stride);
+  if (tile.num_states > SMALL_TILE) {
+    project_to_width<LARGE_TILE>(tile, weight_VD, num_weights, to, to_stride);
   } else {
-    project_by<1>(tile, weight_VD, num_weights, to, to_stride);
+    project_to_width<SMALL_TILE>(tile, weight_VD, num_weights, to, to_stride);
   }
 }
 
@@ -103,12 +115,12 @@ void check_matrix(const char* name, const Tensor& matrix) {
         "project_states: ", name, " must be a contiguous float32 matrix on the CPU");
 }
 
-// Tiles of at most MAX_TILE_STATES, one behind the other.
+// Tiles of at most LARGE_TILE, one behind the other.
 std::vector<float> pack(const float* states_RD, int64_t num_states, int64_t dim) {
-  std::vector<float> packed(((num_states + FLOATS - 1) / FLOATS) * FLOATS * dim);
-  for (int64_t start = 0; start < num_states; start += MAX_TILE_STATES) {
-    const int64_t count = std::min<int64_t>(MAX_TILE_STATES, num_states - start);
-    const int64_t width = count > FLOATS ? MAX_TILE_STATES : FLOATS;
+  std::vector<float> packed((num_states + SMALL_TILE - 1) / SMALL_TILE * SMALL_TILE * dim);
+  for (int64_t start = 0; start < num_states; start += LARGE_TILE) {
+    const int64_t count = std::min<int64_t>(LARGE_TILE, num_states - start);
+    const int64_t width = count > SMALL_TILE ? LARGE_TILE : SMALL_TILE;
     for (int64_t state = 0; state < count; ++state) {
       for (int64_t d = 0; d < dim; ++d) packed[start * dim + d * width + state] = states_RD[(start + state) * dim + d];
     }
@@ -134,8 +146,8 @@ Tensor project_states_cpu(const Tensor& states, const Tensor& weight) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * WEIGHTS_AT_A_TIME;
       const int64_t count = std::min<int64_t>(WEIGHTS_AT_A_TIME, num_weights - first);
-      for (int64_t start = 0; start < num_states; start += MAX_TILE_STATES) {
-        const int in_tile = static_cast<int>(std::min<int64_t>(MAX_TILE_STATES, num_states - start));
+      for (int64_t start = 0; start < num_states; start += LARGE_TILE) {
+        const int in_tile = static_cast<int>(std::min<int64_t>(LARGE_TILE, num_states - start));
         project({packed.data() + start * dim, dim, in_tile}, weight_VD + first * dim, count,
                 to + start * num_weights + first, num_weights);
       }
