@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, SamplerConfig
-from training.ops import sampling_uniforms
+from training.ops import drawn_codes, sampling_uniforms
 from training.philox import Purpose, cell_of, draw_words, unit_interval
 
 MIN_TEMPERATURE = 1e-5
@@ -168,6 +168,8 @@ def _draw_by_rule(logits_BRV: Tensor, cells: Sequence[Cell], rule: Rule, draws: 
     if rule.temperature != 1.0:
         chosen_BRV = chosen_BRV / max(rule.temperature, MIN_TEMPERATURE)
     filtered_BRV = filter_logits(chosen_BRV, top_k=rule.top_k, top_p=rule.top_p)
+    if _is_native(draws.ops, filtered_BRV) and filtered_BRV.dtype == torch.float32:
+        return _draw_natively(filtered_BRV, row_of_cell, cells, draws)
     counters, draw_of_cell = _distinct([(cell.ahead, cell.stream) for cell in cells])
     ahead_G, streams_G = torch.tensor(counters, device=logits_BRV.device).unbind(-1)
     gumbels_BGV = gumbel_draws(
@@ -179,6 +181,37 @@ def _draw_by_rule(logits_BRV: Tensor, cells: Sequence[Cell], rule: Rule, draws: 
         ops=draws.ops,
     )
     return (_at(filtered_BRV, row_of_cell) + _at(gumbels_BGV, draw_of_cell)).argmax(-1)
+
+
+def _draw_natively(logits_BRV: Tensor, row_of_cell: list[int], cells: Sequence[Cell], draws: Draws) -> Tensor:
+    """Codes (B, C) by the op that makes no tensor of Gumbels; the draws that it leaves open are taken as always."""
+    shape, (num_rows, codebook_size) = (len(logits_BRV), len(cells)), logits_BRV.shape[1:]
+    ahead_C, streams_C = torch.tensor([(cell.ahead, cell.stream) for cell in cells]).unbind(-1)
+    rows_BC = num_rows * torch.arange(shape[0])[:, None] + torch.tensor(row_of_cell)
+    rows_N, samples_N, positions_N, streams_N = (
+        numbers.expand(shape).flatten()
+        for numbers in (
+            rows_BC,
+            draws.sample_counters_B[:, None],
+            draws.first_positions_B[:, None] + ahead_C,
+            streams_C,
+        )
+    )
+    logits_RV = logits_BRV.reshape(-1, codebook_size)
+    codes_N, is_certain_N = drawn_codes(
+        logits_RV, rows_N=rows_N, samples_N=samples_N, positions_N=positions_N, streams_N=streams_N, seed=draws.seed
+    )
+    if not bool(is_certain_N.all()):
+        open_M = (~is_certain_N).nonzero()[:, 0]
+        uniforms_MV = sampling_uniforms(
+            samples_R=samples_N[open_M],
+            positions_R=positions_N[open_M],
+            streams_R=streams_N[open_M],
+            codebook_size=codebook_size,
+            seed=draws.seed,
+        )
+        codes_N[open_M] = (logits_RV[rows_N[open_M]] + _gumbels_of(uniforms_MV)).argmax(-1)
+    return codes_N.view(shape)
 
 
 def _distinct(values: Sequence[Distinct]) -> tuple[list[Distinct], list[int]]:
@@ -233,10 +266,19 @@ def gumbel_draws(
         "positions_R": positions_J.expand(shape).flatten(),
         "streams_R": streams_J.expand(shape).flatten(),
     }
-    is_native = ops == "native" and sample_counters_B.device.type == "cpu"
+    is_native = _is_native(ops, sample_counters_B)
     make = sampling_uniforms if is_native else reference_sampling_uniforms
     uniforms_RV = make(**counters, codebook_size=codebook_size, seed=seed)
-    return uniforms_RV.log_().neg_().log_().neg_().view(*shape, codebook_size)
+    return _gumbels_of(uniforms_RV).view(*shape, codebook_size)
+
+
+def _gumbels_of(uniforms: Tensor) -> Tensor:
+    """Standard Gumbel variables, in place."""
+    return uniforms.log_().neg_().log_().neg_()
+
+
+def _is_native(ops: Ops, x: Tensor) -> bool:
+    return ops == "native" and x.device.type == "cpu"
 
 
 def reference_sampling_uniforms(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from training.gpt import KeyValueCache, positions_from
+from training.gpt import KeyValueCache, Readout, positions_from
 from training.mixing import attend_from_tables, window_tables
 from training.noise import valid_offsets
+from training.ops import project_states
 from training.tensorar import TensorAR, has_tables
 
 
@@ -32,6 +34,8 @@ class FrozenModel:
         self.ops = model.ops
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
+        is_native = self.ops == "native" and self.device.type == "cpu" and self.dtype == torch.float32
+        self._project: Readout = project_states if is_native else F.linear
         self._valid_TK = valid_offsets(
             model.config.num_positions, window_size=model.config.window_size, device=self.device
         )
@@ -73,5 +77,5 @@ class FrozenModel:
         """Logits (B, L, K, V) of backbone states, in float32 or wider."""
         decoder = self.model.output_decoder
         states = h_BLD[:, :, None] if decoder is None else decoder(h_BLD, constants=self._constants)
-        logits: Tensor = self.model.base.head(states)
+        logits: Tensor = self.model.base.head(states, readout=self._project)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -21,4 +21,4 @@ def num_guided_positions(config: SamplerConfig, *, num_positions: int) -> int:
 
 def guide(conditional: Tensor, unconditional: Tensor, *, scale: float) -> Tensor:
     """Logits that lie `scale` times as far from the unconditional ones as the conditional ones do."""
-    return unconditional + (conditional - unconditional) * scale
+    return (conditional - unconditional).mul_(scale).add_(unconditional)

@@ -140,6 +140,53 @@ def sampling_uniforms(
     return uniforms_RV
 
 
+def drawn_codes(
+    logits_RV: Tensor, *, rows_N: Tensor, samples_N: Tensor, positions_N: Tensor, streams_N: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Codes (N,) int64 and, for each, whether it is certain: argmax of logits + Gumbel in one pass, on a CPU.
+
+    The Gumbels are `training.drawing.gumbel_draws`, but for the rounding of their logarithms. A code is certain where
+    no rounding could make another one the largest; an uncertain one is to be drawn again with torch's own logarithm
+    (about 1 of 40,000, and all whose logits are not finite at the top).
+
+    Args:
+        logits_RV: float32, V <= 2**18; -inf where a code is not drawn.
+        rows_N: int64 in [0, R), the logits of each draw.
+        samples_N: int64, as the next two: counters as in `sampling_uniforms`.
+        positions_N: int64 in [0, 2**16).
+        streams_N: int64 in [0, 2**32).
+        seed: in [0, 2**56).
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        RuntimeError: an argument is out of range or not on the CPU.
+    """
+    load_ops()
+    counters = (numbers.contiguous() for numbers in (rows_N, samples_N, positions_N, streams_N))
+    codes_N, is_certain_N = torch.ops.tensorar.drawn_codes(logits_RV.contiguous(), *counters, seed)
+    return codes_N, is_certain_N
+
+
+def project_states(states: Tensor, weight_VD: Tensor) -> Tensor:
+    """(..., V): `F.linear(states, weight_VD)` in one pass over the weight, for some dozen states; without gradient.
+
+    An element is one sum over d in order, so it does not depend on the number of states; it differs from `F.linear` by
+    rounding.
+
+    Args:
+        states: (..., D) float32 on the CPU, as the next.
+        weight_VD: contiguous.
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        RuntimeError: an argument has another shape, dtype or device.
+    """
+    load_ops()
+    states_RD = states.reshape(-1, states.shape[-1]).contiguous()
+    projected_RV: Tensor = torch.ops.tensorar.project_states(states_RD, weight_VD)
+    return projected_RV.view(*states.shape[:-1], len(weight_VD))
+
+
 _NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
@@ -160,6 +207,14 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tensorar::sampling_uniforms")  # type: ignore[untyped-decorator]
     def _(samples_R: Tensor, positions_R: Tensor, streams_R: Tensor, codebook_size: int, seed: int) -> Tensor:
         return torch.empty((len(samples_R), codebook_size), device=samples_R.device)
+
+    @torch.library.register_fake("tensorar::drawn_codes")  # type: ignore[untyped-decorator]
+    def _(logits_RV: Tensor, rows_N: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(rows_N), torch.empty_like(rows_N, dtype=torch.bool)
+
+    @torch.library.register_fake("tensorar::project_states")  # type: ignore[untyped-decorator]
+    def _(states_RD: Tensor, weight_VD: Tensor) -> Tensor:
+        return states_RD.new_empty(len(states_RD), len(weight_VD))
 
     @torch.library.register_fake("tensorar::mix_windows")  # type: ignore[untyped-decorator]
     def _(codes_MK: Tensor, table_VD: Tensor, offsets_KD: Tensor, score_weight_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
       "int seed, int step) -> Tensor");
   library.def(
       "sampling_uniforms(Tensor samples, Tensor positions, Tensor streams, int codebook_size, int seed) -> Tensor");
+  library.def(
+      "drawn_codes(Tensor logits, Tensor rows, Tensor samples, Tensor positions, Tensor streams, int seed) -> "
+      "(Tensor, Tensor)");
+  library.def("project_states(Tensor states, Tensor weight) -> Tensor");
   library.def("mix_windows(Tensor codes, Tensor table, Tensor offsets, Tensor score_weight) -> (Tensor, Tensor)");
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
