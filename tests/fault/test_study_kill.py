@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from sample_study import NAMES, results_of, write_sample_study, write_tiny_weights
 
 from jobs.study_results import read_study
@@ -20,6 +21,7 @@ def start(spec: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(tmp_path: Path) -> None:
     spec, study = write_sample_study(tmp_path, weights=write_tiny_weights(tmp_path)), tmp_path / "study"
     process, second = start(spec), study / "outcomes" / NAMES[1] / "outcome.json"
