@@ -20,11 +20,12 @@ from training.evaluation.draft_shift import summarise_held_out
 from training.evaluation.features import Features
 from training.evaluation.flips import flip_rates
 from training.evaluation.held_out import score_held_out, spread_indices
-from training.evaluation.image_features import FeatureReader
+from training.evaluation.image_features import FeatureReader, Half, Reference
 from training.evaluation.intervals import Intervals
+from training.evaluation.memorised import find_memorised
 from training.evaluation.pictures import choose_shown
 from training.evaluation.real_images import choose_images, crop_images, is_in_report_half
-from training.evaluation.samples import proportional_labels
+from training.evaluation.samples import SampleSet, proportional_labels
 from training.evaluation.stages import Stages, joined
 from training.evaluation.tuning import fields_at_edge
 from training.noise import draft_windows, make_windows
@@ -283,3 +284,30 @@ def test_damaged_features_in_the_cache_are_named(tmp_path: Path) -> None:
     cached.write_bytes(cached.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match=rf"{cached.name}: it must be a whole array of features, .*; remove it"):
         reader.extract(images)
+
+
+def _directions(*degrees: float) -> np.ndarray:
+    radians = np.deg2rad(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+
+def test_a_mirror_twin_does_not_set_the_threshold_of_repeated_images() -> None:
+    # Three training images 60 degrees apart; the second view of each lies one degree from the first.
+    training_NF = _directions(0, 1, 60, 61, 120, 121)
+    empty, labels = np.empty((2, 0), dtype=np.int32), np.zeros(2, dtype=np.int64)
+    samples = SampleSet(
+        labels_N=labels,
+        codes_NT=empty,
+        drafts_NTK=empty[:, :, None],
+        features_NF=_directions(240, 45),
+        calls_per_image=1.0,
+        seconds_per_image=0.0,
+    )
+    half = Half(labels_N=labels, real_NF=_directions(0, 0), decoded_NF=_directions(90, 290))
+    reference = Reference(tuning=half, report=half, num_rejected=0)
+    found = find_memorised(samples, reference, training_NF, num_views=2, num_nearest=1)
+    assert found.summary["threshold"] == pytest.approx(0.5)  # 1 - cos 60
+    # 45 is 15 from 60, and 90 is 29 from 61; 240 and 290 are 119 and 70 from what is nearest to them.
+    assert [found.summary[of]["count"] for of in ("samples", "decoded")] == [1, 1]
+    assert (found.sample_indices_N.tolist(), found.training_indices_N.tolist()) == ([1], [2])
+    assert found.distances_N == pytest.approx([1 - np.cos(np.deg2rad(15))])

@@ -18,6 +18,10 @@ from training.evaluation.config import EvaluateConfig
         ("features.network=vgg", "features.network must be one of efficientnet-lite0, inception-v3, got 'vgg'"),
         ("tuning={}", "tuning must name values of at least one of temperature, top_k, top_p, guidance"),
         ("tuning.top_p=[0.9, 1.5]", "tuning.top_p.1 must be at most 1"),
+        (
+            "features.cache_dir=s3://bucket/features",
+            "features.cache_dir must be a local directory, got 's3://bucket/features'",
+        ),
         ("reference.num_images=3", "reference.num_images must be at least 8, got 3"),
         ("held_out.num_sample=3", "held_out.num_sample is not a field; did you mean num_samples?"),
     ],

@@ -79,6 +79,14 @@ class FeaturesConfig(Config):
     cache_dir: str | None = None
     """Local directory where features of real images are kept by their content, for all jobs that name it; none."""
 
+    @model_validator(mode="after")
+    def _check_cache_is_local(self) -> FeaturesConfig:
+        if self.cache_dir is not None and "://" in self.cache_dir:
+            raise ValueError(
+                f"features.cache_dir must be a local directory, got {self.cache_dir!r}; name one, or remove it"
+            )
+        return self
+
 
 class TuningConfig(Config):
     """Values of the sampler to try; every combination is judged by Frechet distance to the tuning half."""
