@@ -85,7 +85,7 @@ def run_with_kills(
     for victim in victims:
         before = num_records(storage)
         wait_until(lambda before=before: num_records(storage) > before, driver=driver)  # type: ignore[misc]
-        time.sleep(choices.uniform(0.0, 0.6))
+        time.sleep(choices.uniform(0.0, 0.4))
         wait_until(lambda: bool(workers_of(second_raylet(cluster))), driver=driver)
         if victim == "driver":
             kill(driver)

@@ -20,7 +20,7 @@ from pipeline.verify import verify_shard_set
 
 POISON_SITE = Path(__file__).parent / "poison_site"
 NUM_UNITS = 6
-LONG_NUM_UNITS = 160
+LONG_NUM_UNITS = 240
 pytestmark = pytest.mark.timeout(900)  # about a minute on two idle cores; each start of Ray suffers on busy ones
 
 
