@@ -17,34 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from plain_encoder import PlainEncoder
 from torch.profiler import ProfilerActivity, profile
 
-from training.gpt import RMSNorm
 from training.mixing import WINDOWS_AT_A_TIME, attend_windows, reference_attend_windows
 from training.ops import load_ops
 
 DIM, HEADS, SIZE, CODEBOOK_SIZE = 768, 12, 4, 16384
-
-
-class PlainEncoder(nn.Module):
-    """Embedding, offset embedding, norm, keys and values of every offset, attention of a learned query."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(CODEBOOK_SIZE, DIM)
-        self.offsets = nn.Parameter(torch.randn(SIZE, DIM) * 0.02)
-        self.query = nn.Parameter(torch.randn(HEADS, 1, DIM // HEADS))
-        self.norm = RMSNorm(DIM)
-        self.wk = nn.Linear(DIM, DIM, bias=False)
-        self.wv = nn.Linear(DIM, DIM, bias=False)
-
-    def forward(self, codes_MK: Tensor) -> Tensor:
-        """(M, D)."""
-        x = self.norm(self.embedding(codes_MK) + self.offsets)
-        k, v = (layer(x).view(len(x), SIZE, HEADS, -1).transpose(1, 2) for layer in (self.wk, self.wv))
-        shares = (self.query * k).sum(-1).mul(float(DIM // HEADS) ** -0.5).softmax(-1)
-        return (shares[..., None] * v).sum(2).flatten(1)
 
 
 def peak_bytes(take: Callable[[], object]) -> int:
@@ -76,7 +55,7 @@ def measure(*, num_windows: int, dtype: torch.dtype, num_threads: int, num_repea
     """Times and memory of one case."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    plain = PlainEncoder().to(dtype)
+    plain = PlainEncoder(DIM, heads=HEADS, window_size=SIZE, codebook_size=CODEBOOK_SIZE).to(dtype)
     codes = torch.randint(CODEBOOK_SIZE, (num_windows, SIZE))
     leaves = [
         plain.embedding.weight.detach().clone().requires_grad_(),

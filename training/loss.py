@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ def window_loss(
     *,
     scored: Scored,
     offset_weights: tuple[float, ...] | None = None,
+    ops: Literal["native", "reference"] = "reference",
 ) -> WindowLoss:
     """Weighted cross-entropy of a model's predictions; in a float64 model all of it is float64.
 
@@ -50,6 +51,7 @@ def window_loss(
         labels_B: int64.
         scored: the predictions that count, their targets, and how much of those at offsets >= 1 the base model learns.
         offset_weights: K weights, normalised to sum 1; none is 1/K each.
+        ops: see `training.cross_entropy.head_cross_entropy`.
 
     Returns:
         The loss with its per-offset parts.
@@ -60,7 +62,8 @@ def window_loss(
     Source: method.md, sum over i, j of w_j * CE(logits_{i,j}, x_{i+1+j}).
     """
     shares = _shares(offset_weights, window_size=len(scored.num_of_offset))
-    parts: HeadLoss = model(windows_BTK, labels_B, scored=scored, readout=partial(_read_loss, scored, shares))
+    readout = partial(_read_loss, scored, shares, ops)
+    parts: HeadLoss = model(windows_BTK, labels_B, scored=scored, readout=readout)
     sums_K = scored.sum_of_offset(parts.entropies)
     num_hits_K, num_inside_K = (scored.sum_of_offset(x) for x in (parts.hits, torch.ones_like(parts.hits)))
     return WindowLoss(
@@ -70,7 +73,13 @@ def window_loss(
     )
 
 
-def _read_loss(scored: Scored, shares: list[float], states_BRD: Tensor, weight_VD: Tensor) -> HeadLoss:
+def _read_loss(
+    scored: Scored,
+    shares: list[float],
+    ops: Literal["native", "reference"],
+    states_BRD: Tensor,
+    weight_VD: Tensor,
+) -> HeadLoss:
     of_offset = [share * scale for share, scale in zip(shares, scored.scale_of_offset, strict=True)]
     weights_K = torch.tensor(of_offset, dtype=wide_dtype(states_BRD.dtype), device=states_BRD.device)
     row_weights_BR = weights_K[scored.offsets_R] * scored.is_inside_BR
@@ -81,6 +90,7 @@ def _read_loss(scored: Scored, shares: list[float], states_BRD: Tensor, weight_V
         targets=scored.targets_BR,
         row_weights=row_weights_BR,
         gradient_scales=None if scales_R is None else scales_R.expand_as(row_weights_BR),
+        ops=ops,
     )
 
 

@@ -187,6 +187,32 @@ def project_states(states: Tensor, weight_VD: Tensor) -> Tensor:
     return projected_RV.view(*states.shape[:-1], len(weight_VD))
 
 
+def cross_entropy_rows(
+    logits_RV: Tensor, targets_R: Tensor, *, row_weights_R: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Entropies (R,) float32 in nats and hits (R,) bool of rows of logits, in one pass over memory, on CUDA.
+
+    Args:
+        logits_RV: float32 or bfloat16, contiguous; with `needs_grad` it ends as the gradient of the sum of row weight
+            times entropy: row weight times (softmax - one-hot of the target).
+        targets_R: int64 in [0, V).
+        row_weights_R: float32.
+        needs_grad: whether the logits are replaced.
+
+    Returns:
+        log(sum(exp(row))) - row[target], and whether the first largest logit is the target's. Sums are float32, in an
+        order that the shapes alone determine.
+
+    Raises:
+        NativeOpError: the library cannot be used.
+        RuntimeError: an argument has another shape, dtype or device.
+    """
+    load_ops()
+    arguments = (targets_R.contiguous(), row_weights_R.contiguous(), needs_grad)
+    entropies_R, hits_R = torch.ops.tensorar.cross_entropy_rows(logits_RV, *arguments)
+    return entropies_R, hits_R
+
+
 _NEXT = "run `tensorar build-ops`, or set engine.ops (of a sample job: ops): reference"
 
 
@@ -222,6 +248,10 @@ def _register_fakes() -> None:
         heads, dim = score_weight_ND.shape
         shares_MNK = offsets_KD.new_empty(num_windows, heads, window_size)
         return table_VD.new_empty(num_windows, heads, dim), shares_MNK
+
+    @torch.library.register_fake("tensorar::cross_entropy_rows")  # type: ignore[untyped-decorator]
+    def _(logits_RV: Tensor, targets_R: Tensor, row_weights_R: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(row_weights_R), torch.empty_like(targets_R, dtype=torch.bool)
 
     @torch.library.register_fake("tensorar::mix_windows_backward")  # type: ignore[untyped-decorator]
     def _(*arguments: Tensor) -> None:

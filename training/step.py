@@ -115,6 +115,7 @@ class Stepper:
             inputs.labels_B,
             scored=self._score(inputs, step),
             offset_weights=config.noise.weights_of_offsets(config.model.window_size),
+            ops=config.engine.ops,
         )
         self.watchdog.enter("backward", step=step)
         self.engine.backward(result.loss)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,11 +100,12 @@ class Validation:
             device=self._ranks.device,
         )
         scored = score_predictions(inputs.codes_BT, window_size=self._config.model.window_size)
-        noised = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
+        loss_of = partial(window_loss, engine.module, scored=scored, ops=self._config.engine.ops)
+        noised = loss_of(inputs.windows_BTK, inputs.labels_B)
         own_draft_loss_0 = noised.loss_of_offset_K[:1]
         if self._config.model.window_size > 1:
             inputs = with_own_drafts(inputs, engine.module, config=self._config, step=VALIDATION_STEP)
-            drafted = window_loss(engine.module, inputs.windows_BTK, inputs.labels_B, scored=scored)
+            drafted = loss_of(inputs.windows_BTK, inputs.labels_B)
             own_draft_loss_0 = drafted.loss_of_offset_K[:1]
         means = torch.cat([noised.loss_of_offset_K, noised.accuracy_of_offset_K, own_draft_loss_0])
         return torch.cat([means, means.new_ones(1)]).double() * len(sample_indices)

@@ -1,50 +1,43 @@
-"""mix_windows on a CUDA device: our kernels, torch's own part by part, and a copy, in one run; JSON lines.
+"""The input encoder's attention on a CUDA device: its kernels, torch's own part by part, and a copy, in one run.
 
-`make bench-gpu`. 32 samples of 255 windows, k = 4, 16,384 codes, bfloat16, at the sizes of the models; windows in the
-parts that `attend_windows` takes. Medians of 100 timings by CUDA events (20 of torch's). Bytes as in
-benchmarks/count_step.py: rows read, N D numbers a window written, in backward read, and the table's gradient.
+`python benchmarks/gpu/bench_mix.py`: 32 samples of 255 windows, k = 4, 16,384 codes, at the sizes of the models. JSON
+lines. `mix`: our kernels in the parts that `attend_windows` takes (`--cache-mib` tries other sizes of these), torch's
+kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
+backward read, and the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by
+the native op, by the reference, and as written first; peak memory over that of values and gradients. Medians of CUDA
+events.
 """
 
-from __future__ import annotations
-
+import argparse
 import json
-import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from timing import copy_bytes_per_us, median_us, peak_bytes
 
+from training import mixing
 from training.config import SIZES, ModelConfig
-from training.mixing import CACHE_BYTES, mix_backward_by_torch, mix_by_torch
+from training.mixing import attend_windows, mix_backward_by_torch, mix_by_torch, reference_attend_windows
 from training.ops import check_ops
 
-NUM_WINDOWS, SIZE, CODEBOOK_SIZE, WIDTH = 32 * 255, 4, 16384, 2
+sys.path.append(str(Path(__file__).parents[1]))
+from plain_encoder import PlainEncoder
+
+NUM_WINDOWS, SIZE, CODEBOOK_SIZE = 32 * 255, 4, 16384
 
 
-def median_us(function: Callable[[], Any], *, num_turns: int) -> float:
-    """Median time of a call on the device."""
-    times = []
-    for turn in range(num_turns + 3):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        function()
-        ended.record()
-        torch.cuda.synchronize()
-        if turn >= 3:
-            times.append(1000 * began.elapsed_time(ended))
-    return statistics.median(times)
-
-
-def measure(name: str) -> dict[str, Any]:
-    """Times of one size of model."""
-    config = ModelConfig(size=name, window_size=SIZE)  # type: ignore[arg-type]
-    heads, dim = config.heads, config.dim
-    of_a_part = max(1, CACHE_BYTES // (heads * dim * WIDTH))
+def measure_mix(config: ModelConfig, *, cache_bytes: int, has_torch: bool) -> dict[str, Any]:
+    """Times of the kernels, bfloat16."""
+    heads, dim, width = config.heads, config.dim, 2
+    of_a_part = max(1, cache_bytes // (heads * dim * width))
     parts = torch.randint(CODEBOOK_SIZE, (NUM_WINDOWS, SIZE), device="cuda").split(of_a_part)
     table = torch.randn(CODEBOOK_SIZE, dim, device="cuda", dtype=torch.bfloat16)
     weights = (table, torch.randn(SIZE, dim, device="cuda"), torch.randn(heads, dim, device="cuda") / dim**0.5)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-    grads = torch.randn(of_a_part, heads, dim, device="cuda", dtype=torch.bfloat16)
+    grads = torch.randn(len(parts[0]), heads, dim, device="cuda", dtype=torch.bfloat16)
     shares = [torch.ops.tensorar.mix_windows(part, *weights)[1] for part in parts]
 
     def forward(mix: Callable[..., Any]) -> Callable[[], Any]:
@@ -56,33 +49,72 @@ def measure(name: str) -> dict[str, Any]:
             for part, kept in zip(parts, shares, strict=True)
         ]
 
-    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
     us = {
-        "forward": median_us(forward(torch.ops.tensorar.mix_windows), num_turns=100),
-        "backward": median_us(backward(torch.ops.tensorar.mix_windows_backward), num_turns=100),
-        "torch_forward": median_us(forward(mix_by_torch), num_turns=20),
-        "torch_backward": median_us(backward(mix_backward_by_torch), num_turns=20),
-        "copy": median_us(lambda: target.copy_(source), num_turns=100),
+        "forward": median_us(forward(torch.ops.tensorar.mix_windows), num_turns=40),
+        "backward": median_us(backward(torch.ops.tensorar.mix_windows_backward), num_turns=40),
     }
-    rows, mixed = NUM_WINDOWS * SIZE * dim * WIDTH, NUM_WINDOWS * heads * dim * WIDTH
-    of_copy = 2 * source.nbytes / us["copy"]
+    if has_torch:
+        us["torch_forward"] = median_us(forward(mix_by_torch), num_turns=10)
+        us["torch_backward"] = median_us(backward(mix_backward_by_torch), num_turns=10)
+    rows, mixed = NUM_WINDOWS * SIZE * dim * width, NUM_WINDOWS * heads * dim * width
+    of_copy = copy_bytes_per_us()
     return {
-        "device": torch.cuda.get_device_name(),
-        "size": name,
+        "bench": "mix",
+        "cache_mib": cache_bytes / 2**20,
         "parts": len(parts),
         **{f"{step}_us": round(value, 1) for step, value in us.items()},
+        "copy_bytes_per_s": round(1e6 * of_copy),
         "forward_of_copy_bandwidth": round((rows + mixed) / us["forward"] / of_copy, 3),
-        "backward_of_copy_bandwidth": round((rows + mixed + CODEBOOK_SIZE * dim * WIDTH) / us["backward"] / of_copy, 3),
-        "torch_over_native": round((us["torch_forward"] + us["torch_backward"]) / (us["forward"] + us["backward"]), 2),
+        "backward_of_copy_bandwidth": round((rows + mixed + CODEBOOK_SIZE * dim * width) / us["backward"] / of_copy, 3),
+    }
+
+
+def measure_attend(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Forward and backward three ways."""
+    heads, dim = config.heads, config.dim
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        plain = PlainEncoder(dim, heads=heads, window_size=SIZE, codebook_size=CODEBOOK_SIZE).to(dtype)
+        codes = torch.randint(CODEBOOK_SIZE, (NUM_WINDOWS, SIZE))
+        grad = torch.randn(NUM_WINDOWS, dim).to(dtype)
+        score_weight = (torch.randn(heads, dim) * 0.02).to(dtype)
+    value_weight = plain.wv.weight.detach().view(heads, -1, dim)
+    leaves = [plain.embedding.weight, plain.offsets, score_weight, value_weight]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    ways: dict[str, Callable[[], Any]] = {
+        "native": lambda: torch.autograd.grad(attend_windows(codes, *leaves), leaves, grad),
+        "reference": lambda: torch.autograd.grad(reference_attend_windows(codes, *leaves), leaves, grad),
+        "plain": lambda: torch.autograd.grad(plain(codes), list(plain.parameters()), grad),
+    }
+    us = {name: median_us(take, num_turns=20) for name, take in ways.items()}
+    outputs = grad.nbytes + sum(leaf.nbytes for leaf in leaves)
+    return {
+        "bench": "attend",
+        "dtype": str(dtype).removeprefix("torch."),
+        **{f"{name}_us": round(value, 1) for name, value in us.items()},
+        "plain_over_native": round(us["plain"] / us["native"], 2),
+        **{f"{name}_peak_over_outputs": round(peak_bytes(take) / outputs, 2) for name, take in ways.items()},
     }
 
 
 def main() -> None:
-    """Print one JSON line per size of model."""
+    """Print JSON lines for each size of model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES))
+    parser.add_argument("--cache-mib", type=float, nargs="+", default=[mixing.CACHE_BYTES / 2**20])
+    options = parser.parse_args()
     check_ops(with_cuda=True)
-    for name in SIZES:
-        print(json.dumps(measure(name)), flush=True)
+    for name in options.sizes:
+        config = ModelConfig(size=name, window_size=SIZE)
+        of_device = {"device": torch.cuda.get_device_name(), "size": name}
+        for index, mib in enumerate(options.cache_mib):
+            mixing.CACHE_BYTES = int(mib * 2**20)
+            line = measure_mix(config, cache_bytes=mixing.CACHE_BYTES, has_torch=index == 0)
+            line["attend_us"] = measure_attend(config, dtype=torch.bfloat16)["native_us"] if index else None
+            print(json.dumps(of_device | line), flush=True)
+        mixing.CACHE_BYTES = int(options.cache_mib[0] * 2**20)
+        for dtype in (torch.bfloat16, torch.float32):
+            print(json.dumps(of_device | measure_attend(config, dtype=dtype)), flush=True)
 
 
 if __name__ == "__main__":

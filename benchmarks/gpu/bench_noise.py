@@ -6,30 +6,15 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import median_us
 
 from training import noise, ops
 from training.config import NoiseConfig
 
 SHAPES = [(64, 256, 4), (8, 1024, 8), (1024, 1024, 8)]
-
-
-def median_us(function: Callable[[], Any]) -> float:
-    """Median time of a call on the device."""
-    times = []
-    for turn in range(110):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        function()
-        ended.record()
-        torch.cuda.synchronize()
-        if turn >= 10:
-            times.append(1000 * began.elapsed_time(ended))
-    return statistics.median(times)
 
 
 def main() -> None:

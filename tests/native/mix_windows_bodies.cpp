@@ -5,30 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <numeric>
-#include <random>
 
 #include "mix_windows_by_bodies.h"
 #include "run_blocks.h"
 
 namespace tensorar {
 namespace {
-
-std::vector<int64_t> turns(int64_t count, int64_t seed) {
-  std::vector<int64_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  if (seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
-  return order;
-}
-
-struct InOrder {
-  int64_t seed;
-
-  template <class Body, class Arguments>
-  void run(const Arguments& arguments, const Tensor&) const {
-    run_blocks<Body>(arguments, turns(Body::num_blocks(arguments), seed), turns(Body::THREADS, seed));
-  }
-};
 
 std::tuple<Tensor, Tensor> mix_windows(const Tensor& codes, const Tensor& table, const Tensor& offsets,
                                        const Tensor& score_weight, int64_t seed) {

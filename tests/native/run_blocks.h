@@ -1,7 +1,10 @@
 // Runs the body of a CUDA kernel on the CPU, blocks and threads in an order of the test's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #include "check.h"
@@ -26,5 +29,22 @@ void run_blocks(const Arguments& arguments, const std::vector<int64_t>& blocks, 
     }
   }
 }
+
+inline std::vector<int64_t> turns(int64_t count, int64_t seed) {
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+  return order;
+}
+
+// In place of a launch: blocks and threads in an order that the seed determines (0: ascending).
+struct InOrder {
+  int64_t seed;
+
+  template <class Body, class Arguments, class Tensor>
+  void run(const Arguments& arguments, const Tensor&) const {
+    run_blocks<Body>(arguments, turns(Body::num_blocks(arguments), seed), turns(Body::THREADS, seed));
+  }
+};
 
 }  // namespace tensorar

@@ -48,4 +48,11 @@ void launch_on_stream(const Arguments& arguments, const torch::stable::Tensor& o
   check(error == cudaSuccess, "launch: ", cudaGetErrorString(error));
 }
 
+struct OnStream {
+  template <class Body, class Arguments>
+  void run(const Arguments& arguments, const torch::stable::Tensor& on) const {
+    launch_on_stream<Body>(arguments, on);
+  }
+};
+
 }  // namespace tensorar

@@ -22,6 +22,8 @@ STABLE_TORCH_LIBRARY(tensorar, library) {
   library.def(
       "mix_windows_backward(Tensor grad, Tensor shares, Tensor codes, Tensor table, Tensor offsets, Tensor score_weight, "
       "Tensor(a!) table_grad, Tensor(b!) offset_grads, Tensor(c!) score_weight_grad) -> ()");
+  library.def(
+      "cross_entropy_rows(Tensor(a!) logits, Tensor targets, Tensor row_weights, bool needs_grad) -> (Tensor, Tensor)");
 }
 
 #endif

@@ -5,13 +5,6 @@
 namespace tensorar {
 namespace {
 
-struct OnStream {
-  template <class Body, class Arguments>
-  void run(const Arguments& arguments, const Tensor& on) const {
-    launch_on_stream<Body>(arguments, on);
-  }
-};
-
 std::tuple<Tensor, Tensor> mix_windows_cuda(const Tensor& codes, const Tensor& table, const Tensor& offsets,
                                             const Tensor& score_weight) {
   return mix_windows_by_bodies(OnStream{}, codes, table, offsets, score_weight);
