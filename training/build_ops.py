@@ -71,7 +71,7 @@ def build_library(sources: Sequence[Path], target: Path) -> None:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(run_compiler, commands))
         staged = Path(scratch) / target.name
-        linker = ["nvcc", f"-ccbin={shlex.join(_compiler())}", "-cudart=static"] if has_cuda else _compiler()
+        linker = _cuda_linker() if has_cuda else _compiler()
         objects = [command[-1] for command in commands]
         run_compiler([*linker, "-shared", *objects, "-o", str(staged), *_torch_libraries()])
         staged.replace(target)
@@ -96,6 +96,11 @@ def cuda_command() -> list[str]:
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in CUDA_ARCHITECTURES]
     host = [f"-ccbin={shlex.join(_compiler())}", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     return ["nvcc", *LANGUAGE, *targets, "--threads=0", *host, *_torch_headers()]
+
+
+def _cuda_linker() -> list[str]:
+    """What links a library with CUDA kernels: it names torch's CUDA library even where the linker sees no need to."""
+    return ["nvcc", f"-ccbin={shlex.join(_compiler())}", "-cudart=static", "-Xlinker=--no-as-needed"]
 
 
 def _torch_libraries() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a rank's device can do and what the run takes of it: the peak rate of matrix products, and memory.
+"""What a rank's device can do and what the run takes of it: the peak rate of matrix products, memory, repeatable sums.
 
 The peak is measured, not looked up: the best of a few square products in the dtype of the run, under a second in all.
 Vendors' peaks are higher; give `engine.peak_tflops` to compare runs with published MFU.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,6 +32,29 @@ def measured_peak_flops(device: torch.device, *, dtype: torch.dtype) -> float:
         if time.perf_counter() - began + 16 * first_s > _BUDGET_S:
             break
     return best
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Have backward take kernels that give the same bits each time, where torch has others that are faster.
+
+    On CUDA attention's backward adds up in any order otherwise, and a run that resumes would not be the run that was
+    not stopped. An operation without such a kernel is an error. On a CPU there is nothing to choose.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    was_repeatable, fills = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written anyway
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_repeatable)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -89,6 +89,7 @@ def join_ranks(*, step_timeout_s: float = 600.0) -> Ranks:
         )
     has_cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what `repeatable_kernels` needs of cuBLAS
     # DeepSpeed calls collectives by names that torch has just renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     # Inside the function: DeepSpeed picks its accelerator when it is imported, by the variable just set.

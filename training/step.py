@@ -17,6 +17,7 @@ from pipeline.loader import Batch
 from pipeline.philox import Int64Array
 from training.config import TrainConfig
 from training.engine import Engine, freeze_base, learning_rate_of_step, set_learning_rate, take_step
+from training.hardware import repeatable_kernels
 from training.inputs import Inputs, dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
@@ -118,7 +119,8 @@ class Stepper:
             ops=config.engine.ops,
         )
         self.watchdog.enter("backward", step=step)
-        self.engine.backward(result.loss)
+        with repeatable_kernels(self.ranks.device):
+            self.engine.backward(result.loss)
         if index < self._num_micro_steps - 1:
             take_step(self.engine, may_update=True)  # only counts the micro step
         parts = [result.loss.detach()[None], result.loss_of_offset_K, result.accuracy_of_offset_K]

@@ -10,8 +10,8 @@
 #include "check.h"
 #include "launch.h"
 
-// Declared by torch only with the headers of its CUDA build; weak, so that the library also loads beside a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+// Declared by torch only with the headers of its CUDA build.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace tensorar {
 
