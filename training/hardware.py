@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -44,17 +45,15 @@ def repeatable_kernels(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    was_repeatable, fills = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    settings: Any = torch.utils.deterministic
+    was_repeatable, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every element is written anyway
+    settings.fill_uninitialized_memory = False  # every element is written anyway
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_repeatable)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """The input encoder's attention on a CUDA device: its kernels, torch's own part by part, and a copy, in one run.
 
 `python benchmarks/gpu/bench_mix.py`: 32 samples of 255 windows, k = 4, 16,384 codes, at the sizes of the models. JSON
-lines. `mix`: our kernels in the parts that `attend_windows` takes (`--cache-mib` tries other sizes of these), torch's
+lines. `mix`: our kernels in the parts that `attend_windows` takes (`--part-mib` tries other sizes of these), torch's
 kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
 backward read, and the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by
 the native op, by the reference, and as written first; peak memory over that of values and gradients. Medians of CUDA
@@ -29,10 +29,10 @@ from plain_encoder import PlainEncoder
 NUM_WINDOWS, SIZE, CODEBOOK_SIZE = 32 * 255, 4, 16384
 
 
-def measure_mix(config: ModelConfig, *, cache_bytes: int, has_torch: bool) -> dict[str, Any]:
+def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool) -> dict[str, Any]:
     """Times of the kernels, bfloat16."""
     heads, dim, width = config.heads, config.dim, 2
-    of_a_part = max(1, cache_bytes // (heads * dim * width))
+    of_a_part = max(1, part_bytes // (heads * dim * width))
     parts = torch.randint(CODEBOOK_SIZE, (NUM_WINDOWS, SIZE), device="cuda").split(of_a_part)
     table = torch.randn(CODEBOOK_SIZE, dim, device="cuda", dtype=torch.bfloat16)
     weights = (table, torch.randn(SIZE, dim, device="cuda"), torch.randn(heads, dim, device="cuda") / dim**0.5)
@@ -60,7 +60,7 @@ def measure_mix(config: ModelConfig, *, cache_bytes: int, has_torch: bool) -> di
     of_copy = copy_bytes_per_us()
     return {
         "bench": "mix",
-        "cache_mib": cache_bytes / 2**20,
+        "part_mib": part_bytes / 2**20,
         "parts": len(parts),
         **{f"{step}_us": round(value, 1) for step, value in us.items()},
         "copy_bytes_per_s": round(1e6 * of_copy),
@@ -101,18 +101,18 @@ def main() -> None:
     """Print JSON lines for each size of model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
-    parser.add_argument("--cache-mib", type=float, nargs="+", default=[mixing.CACHE_BYTES / 2**20])
+    parser.add_argument("--part-mib", type=float, nargs="+", default=[mixing.ACCELERATOR_BYTES / 2**20])
     options = parser.parse_args()
     check_ops(with_cuda=True)
     for name in options.sizes:
         config = ModelConfig(size=name, window_size=SIZE)
         of_device = {"device": torch.cuda.get_device_name(), "size": name}
-        for index, mib in enumerate(options.cache_mib):
-            mixing.CACHE_BYTES = int(mib * 2**20)
-            line = measure_mix(config, cache_bytes=mixing.CACHE_BYTES, has_torch=index == 0)
+        for index, mib in enumerate(options.part_mib):
+            mixing.ACCELERATOR_BYTES = int(mib * 2**20)
+            line = measure_mix(config, part_bytes=mixing.ACCELERATOR_BYTES, has_torch=index == 0)
             line["attend_us"] = measure_attend(config, dtype=torch.bfloat16)["native_us"] if index else None
             print(json.dumps(of_device | line), flush=True)
-        mixing.CACHE_BYTES = int(options.cache_mib[0] * 2**20)
+        mixing.ACCELERATOR_BYTES = int(options.part_mib[0] * 2**20)
         for dtype in (torch.bfloat16, torch.float32):
             print(json.dumps(of_device | measure_attend(config, dtype=dtype)), flush=True)
 
