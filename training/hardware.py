@@ -37,10 +37,12 @@ def measured_peak_flops(device: torch.device, *, dtype: torch.dtype) -> float:
 
 @contextmanager
 def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Have backward take kernels that give the same bits each time, where torch has others that are faster.
+    """Have a step take kernels that give the same bits each time, where torch has others that are faster.
 
     On CUDA attention's backward adds up in any order otherwise, and a run that resumes would not be the run that was
-    not stopped. An operation without such a kernel is an error. On a CPU there is nothing to choose.
+    not stopped. It holds forward and backward: attention chooses its kernel in forward, and what is computed again or
+    was compiled there must find the same choice. An operation without such a kernel is an error. On a CPU there is
+    nothing to choose.
     """
     if device.type != "cuda":
         yield

@@ -179,6 +179,7 @@ class _Run:
         try:
             while not (is_last or is_stopped):
                 is_stopped = self._take_step(is_told_to_stop)
+                self._writer.prepare(self._stepper.engine)
                 is_last = self._step == config.num_steps
                 self._validate(is_due=is_last)
                 if is_last or is_stopped or self._step % config.checkpoint.every_n_steps == 0:

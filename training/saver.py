@@ -72,6 +72,18 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffer = torch.empty(0)
+        self._maker: threading.Thread | None = None
+
+    def prepare(self, engine: Engine) -> None:
+        """Begin to make the memory that states are copied to, once, so that the first save need not wait for it.
+
+        Args:
+            engine: after a step, which leaves the optimiser's states behind.
+        """
+        if self._config.checkpoint.background and self._maker is None:
+            num_elements = _num_copied(Fragments(engine).layout)
+            self._maker = threading.Thread(target=self._make_buffer, args=(num_elements,), name="buffer", daemon=True)
+            self._maker.start()
 
     def save(self, engine: Engine, state: RunState) -> float:
         """Begin the checkpoint of `state` and return the seconds that training stood still for it.
@@ -112,6 +124,8 @@ class CheckpointWriter:
             ArtifactError: it failed, on any rank.
         """
         self._join()
+        if self._maker is not None:
+            self._maker.join()
         self._buffer = torch.empty(0)
 
     def _join(self) -> None:
@@ -133,12 +147,20 @@ class CheckpointWriter:
 
     def _copied(self, fragments: Fragments) -> Tensor:
         """Return the fragments in host memory, which is kept for the next save."""
-        layout = fragments.layout
-        num_elements = len(layout.kinds) * layout.num_elements
+        if self._maker is not None:
+            self._maker.join()
+        num_elements = _num_copied(fragments.layout)
         if self._buffer.numel() != num_elements:
-            self._buffer = torch.empty(num_elements, pin_memory=torch.cuda.is_available())
+            self._make_buffer(num_elements)
         fragments.copy_to(self._buffer)
         return self._buffer
+
+    def _make_buffer(self, num_elements: int) -> None:
+        has_cuda = torch.cuda.is_available()
+        if has_cuda:
+            torch.cuda.set_device(self._ranks.device)  # of this thread
+        # Zeros, so that the system gives the memory now and not when it is first written to.
+        self._buffer = torch.empty(num_elements, pin_memory=has_cuda).zero_()
 
     def _record_of(self, engine: Engine, fragments: Fragments, state: RunState) -> CheckpointRecord:
         """Return the record but for its files."""
@@ -240,6 +262,10 @@ class _Write:
                 )
             time.sleep(pause_s)
             pause_s = min(_LONGEST_POLL_S, 1.5 * pause_s)
+
+
+def _num_copied(layout: FragmentLayout) -> int:
+    return len(layout.kinds) * layout.num_elements
 
 
 def _arrays_of(fragments: Fragments) -> Iterator[FloatArray]:

@@ -110,16 +110,16 @@ class Stepper:
         if uses_own_drafts(config, step=step):
             inputs = with_own_drafts(inputs, self.engine.module, config=config, step=step)
         torch.manual_seed(dropout_seed(config, step=step, micro_step=index, rank=self.ranks.rank))
-        result = window_loss(
-            self.engine,
-            inputs.windows_BTK,
-            inputs.labels_B,
-            scored=self._score(inputs, step),
-            offset_weights=config.noise.weights_of_offsets(config.model.window_size),
-            ops=config.engine.ops,
-        )
-        self.watchdog.enter("backward", step=step)
         with repeatable_kernels(self.ranks.device):
+            result = window_loss(
+                self.engine,
+                inputs.windows_BTK,
+                inputs.labels_B,
+                scored=self._score(inputs, step),
+                offset_weights=config.noise.weights_of_offsets(config.model.window_size),
+                ops=config.engine.ops,
+            )
+            self.watchdog.enter("backward", step=step)
             self.engine.backward(result.loss)
         if index < self._num_micro_steps - 1:
             take_step(self.engine, may_update=True)  # only counts the micro step
