@@ -44,15 +44,26 @@ from tokenization.weights_file import write_weights
 PICTURES = sorted((Path(__file__).parents[1] / "tests" / "data" / "held_out_emoji").glob("*.png"))
 BATCH_SIZE = 32
 SHIPPED = TokenizerConfig(weights="open-emoji-64", image_size_px=64, batch_size=BATCH_SIZE)
-LIGHT = VQConfig(
-    codebook_size=512,
-    channels=16,
-    channel_multipliers=(1, 2),
-    num_res_blocks=1,
-    num_norm_groups=4,
-    z_channels=16,
-    stem_patch_px=4,
-)
+RANDOM = {
+    "medium": VQConfig(
+        codebook_size=512,
+        channels=64,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        z_channels=32,
+        stem_patch_px=4,
+    ),
+    "light": VQConfig(
+        codebook_size=512,
+        channels=16,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        num_norm_groups=4,
+        z_channels=16,
+        stem_patch_px=4,
+    ),
+}
+"""Networks by what `--encoder` calls them."""
 SAMPLES_PER_TAR = 2000
 
 
@@ -77,9 +88,12 @@ def prepared_pictures() -> np.ndarray:
     return np.concatenate([make_views(image, config=_views(), image_size_px=64).images_VHWC for image in images])
 
 
-def light_tokenizer(path: Path) -> TokenizerConfig:
-    """A tokenizer of random weights."""
-    write_weights(path, network=LIGHT, state=VQNetwork(LIGHT).state_dict(), metadata={})
+def tokenizer_of(name: str, directory: Path) -> TokenizerConfig:
+    """The shipped tokenizer, or one of random weights."""
+    if name == "shipped":
+        return SHIPPED
+    path = directory / f"{name}.safetensors"
+    write_weights(path, network=RANDOM[name], state=VQNetwork(RANDOM[name]).state_dict(), metadata={})
     return TokenizerConfig(weights=str(path), image_size_px=64, batch_size=BATCH_SIZE)
 
 
@@ -261,7 +275,7 @@ def main() -> None:
     """Measure all of it, the encoder before and after the job, and print the ratios."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-tars", type=int, default=6, help=f"tars of {SAMPLES_PER_TAR} images")
-    parser.add_argument("--light", action="store_true", help="an encoder that costs next to nothing")
+    parser.add_argument("--encoder", choices=["shipped", *RANDOM], default="shipped")
     arguments = parser.parse_args()
     num_tars = arguments.num_tars
     num_images = num_tars * SAMPLES_PER_TAR
@@ -269,7 +283,7 @@ def main() -> None:
         root = Path(folder)
         urls = write_corpus(root / "tars", num_tars=num_tars)
         paths = [str(path) for path in sorted((root / "tars").glob("*.tar"))]
-        tokenizer = light_tokenizer(root / "light.safetensors") if arguments.light else SHIPPED
+        tokenizer = tokenizer_of(arguments.encoder, root)
         bare = {n: bare_encoder(tokenizer, n, num_images=num_images // 4) for n in (1, 2)}
         memory: dict[str, dict[str, float]] = {"job": {}, **{name: {} for name in PIPELINES}}
         rates = {}
@@ -290,6 +304,7 @@ def main() -> None:
             with peak_memory(memory[name]):
                 ray_data[name] = ray_data_rate(name, tokenizer, paths, root / name)
         say(
+            encoder=arguments.encoder,
             images=num_images,
             job_over_bare_encoder=rates[2] / bare[2],
             two_workers_over_one=rates[2] / rates[1],
