@@ -205,7 +205,8 @@ def cross_entropy_rows(
 
     Raises:
         NativeOpError: the library cannot be used.
-        RuntimeError: an argument has another shape, dtype or device.
+        RuntimeError: an argument has another shape, dtype or device, or a target is no column (then a kernel stops, and
+            the context with it).
     """
     load_ops()
     arguments = (targets_R.contiguous(), row_weights_R.contiguous(), needs_grad)

@@ -109,3 +109,6 @@ def test_what_the_kernel_cannot_read_is_refused() -> None:
         run(logits, targets, row_weights[:2])
     with pytest.raises(RuntimeError, match="logits must be contiguous float32 or bfloat16"):
         run(logits.double(), targets, row_weights)
+    for target in (-1, 64):
+        with pytest.raises(RuntimeError, match=rf"targets must be in \[0, 64\), got {target}"):
+            run(logits, torch.tensor([0, target, 0]), row_weights)

@@ -13,7 +13,7 @@ def pictures() -> np.ndarray:
 
 
 def test_written_images_are_what_adms_evaluator_reads(tmp_path: Path) -> None:
-    write_adm_npz(tmp_path / "samples_4x8x6x3.npz", pictures())
+    write_adm_npz(tmp_path / "samples_4x8x6x3.npz", iter([pictures()[:3], pictures()[3:]]), num_images=4)
     with np.load(tmp_path / "samples_4x8x6x3.npz") as archive:
         assert archive.files == ["arr_0"]
         assert archive["arr_0"].dtype == np.uint8
@@ -27,16 +27,22 @@ def test_written_images_are_what_adms_evaluator_reads(tmp_path: Path) -> None:
 )
 def test_only_rgb_images_are_written_and_read(tmp_path: Path, images: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"writing .*arr_0 must be uint8 images of shape \(N, H, W, 3\)"):
-        write_adm_npz(tmp_path / "a.npz", images)
-    assert list(tmp_path.iterdir()) == []
+        write_adm_npz(tmp_path / "a.npz", [images], num_images=2)
     np.savez(tmp_path / "b.npz", images)
     with pytest.raises(ValueError, match=r"reading .*arr_0 must be uint8 images of shape \(N, H, W, 3\)"):
         read_adm_npz(tmp_path / "b.npz")
 
 
+def test_images_that_do_not_make_one_array_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must have the shape of the first, \(8, 6, 3\), got \(6, 8, 3\)"):
+        write_adm_npz(tmp_path / "a.npz", [pictures(), pictures().transpose(0, 2, 1, 3)], num_images=8)
+    with pytest.raises(ValueError, match="must hold num_images = 5 images, got 4"):
+        write_adm_npz(tmp_path / "a.npz", [pictures()], num_images=5)
+    with pytest.raises(ValueError, match="must hold num_images = 0 images, got 0"):
+        write_adm_npz(tmp_path / "a.npz", [], num_images=0)
+
+
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must end in \.npz"):
-        write_adm_npz(tmp_path / "samples.npy", pictures())
     with pytest.raises(ValueError, match="must be an npz file, got no file"):
         read_adm_npz(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("text")
@@ -51,14 +57,14 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    write_adm_npz(tmp_path / "a.npz", pictures())
+    write_adm_npz(tmp_path / "a.npz", [pictures()], num_images=4)
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
     with pytest.raises(ValueError, match="must be an npz file"):
         read_adm_npz(tmp_path / "a.npz")
 
 
 def test_a_file_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
-    write_adm_npz(tmp_path / "a.npz", pictures())
+    write_adm_npz(tmp_path / "a.npz", [pictures()], num_images=4)
     content = bytearray((tmp_path / "a.npz").read_bytes())
     content[300] ^= 1
     (tmp_path / "a.npz").write_bytes(bytes(content))

@@ -3,6 +3,7 @@
 // R rows, V codebook_size. A block takes a row: it reads it twice, the second time from a cache, and writes it once.
 #pragma once
 
+#include "check.h"
 #include "columns.h"
 
 namespace tensorar {
@@ -55,7 +56,7 @@ class CrossEntropyRowsBody {
     barrier_after([this](int thread) { of_threads[thread] = peak_of_thread(thread); });
     barrier_after([this](int thread) {
       if (thread < GROUPS) of_groups[thread] = joined(of_threads + thread, THREADS / GROUPS, GROUPS);
-      if (thread == GROUPS) *target_logit = widened(logits[op.targets_R[row]]);
+      if (thread == GROUPS) *target_logit = widened(logits[target()]);
     });
     barrier_after([this](int thread) { write(thread); });
   }
@@ -66,6 +67,17 @@ class CrossEntropyRowsBody {
 
   HOST_DEVICE Columns<CHUNK> read(int column) const {
     return read_columns<Access, CHUNK>(logits + column, codebook_size - column);
+  }
+
+  HOST_DEVICE int target() const {
+    const int64_t target = op.targets_R[row];
+#if defined(__CUDA_ARCH__)
+    if (target < 0 || target >= op.codebook_size) __trap();
+#else
+    check(target >= 0 && target < op.codebook_size, "cross_entropy_rows: targets must be in [0, ", op.codebook_size, "), got ",
+          target);
+#endif
+    return static_cast<int>(target);
   }
 
   HOST_DEVICE bool has(int column) const { return __is_same(Access, Aligned) || column < codebook_size; }
@@ -105,7 +117,7 @@ class CrossEntropyRowsBody {
 
   HOST_DEVICE void write(int thread) const {
     const Peak peak = joined(of_groups, GROUPS, 1);
-    const int target = static_cast<int>(op.targets_R[row]);
+    const int target = this->target();
     if (thread == 0) {
       op.entropies_R[row] = (peak.largest - *target_logit) + logf(peak.sum);
       op.hits_R[row] = peak.code == target;

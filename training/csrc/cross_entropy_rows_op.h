@@ -28,7 +28,7 @@ void launch_rows(Launch launch, const CrossEntropyRows& op, const Tensor& on) {
     launch.template run<CrossEntropyRowsBody<T, Unaligned>>(op, on);
 }
 
-// Entropies and hits; the logits become their gradient where it is needed. A target outside the row is not looked for.
+// Entropies and hits; the logits become their gradient where it is needed.
 template <class Launch>
 std::tuple<Tensor, Tensor> cross_entropy_rows_by_body(Launch launch, const Tensor& logits, const Tensor& targets,
                                                       const Tensor& row_weights, bool needs_grad) {

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.local_storage import stage
 from training.evaluation.distances import Moments
 
 IMAGES_MEMBER = "arr_0"
@@ -24,21 +24,34 @@ MEAN_MEMBER, COVARIANCE_MEMBER = "mu", "sigma"
 Images = npt.NDArray[np.uint8]
 
 
-def write_adm_npz(path: Path, images_NHWC: Images) -> None:
-    """Commit images as an ADM sample file, uncompressed; the images are not copied in memory.
+def write_adm_npz(path: Path, batches: Iterable[Images], *, num_images: int) -> None:
+    """Write images as an ADM sample file, uncompressed; a batch at a time is in memory.
 
     Args:
-        path: ends in `.npz`; an older file is replaced at once.
-        images_NHWC: uint8 RGB, at least one.
+        path: a new file; whoever writes it commits it.
+        batches: uint8 RGB (B, H, W, 3), all of one size.
+        num_images: in all batches, at least one.
 
     Raises:
-        ValueError: another dtype or shape, or another suffix.
+        ValueError: another dtype or shape, or another number of images.
     """
-    _check_images(images_NHWC, path=path, doing="writing")
-    if path.suffix != ".npz":
-        raise ValueError(f"writing {path}: the name must end in .npz, got {path.name!r}; add it")
-    with stage(path) as staged, staged.open("wb") as file:
-        np.savez(file, images_NHWC)  # a positional array is named arr_0
+    written = 0
+    with zipfile.ZipFile(path, "w") as archive, archive.open(f"{IMAGES_MEMBER}.npy", "w", force_zip64=True) as member:
+        for images_BHWC in batches:
+            _check_images(images_BHWC, path=path, doing="writing")
+            if not written:
+                shape = images_BHWC.shape[1:]
+                header = {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)}
+                np.lib.format.write_array_header_1_0(member, header)
+            elif images_BHWC.shape[1:] != shape:
+                raise ValueError(
+                    f"writing {path}: all images must have the shape of the first, {shape}, got "
+                    f"{images_BHWC.shape[1:]}; pass images of one size"
+                )
+            member.write(np.ascontiguousarray(images_BHWC).data)
+            written += len(images_BHWC)
+    if written != num_images or not written:
+        raise ValueError(f"writing {path}: it must hold num_images = {num_images} images, got {written}; pass as many")
 
 
 def read_adm_npz(path: Path) -> Images:

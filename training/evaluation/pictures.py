@@ -7,10 +7,7 @@ C classes, P pictures a class, K window_size; H, W, 3 as decoded.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,8 @@ from training.evaluation.stages import write_arrays
 
 SAMPLES_NAME = "samples.npz"
 PICTURES_NAME = "pictures.npz"
+SAMPLES_AT_A_TIME = 256
+"""That are decoded and in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +66,13 @@ def write_samples(storage: Storage, samples: SampleSet, *, tokenizer: Tokenizer)
     """Commit all samples decoded as `samples.npz`, in the layout of ADM's evaluator."""
     if storage.find(SAMPLES_NAME) is not None:
         return
-    # Storage names what it stages itself, and the writer insists on the suffix.
-    with tempfile.TemporaryDirectory() as directory, storage.stage(SAMPLES_NAME) as staged_path:
-        path = Path(directory) / SAMPLES_NAME
-        write_adm_npz(path, tokenizer.decode(samples.codes_NT))
-        shutil.copyfile(path, staged_path)
+    codes_NT = samples.codes_NT
+    batches = (
+        tokenizer.decode(codes_NT[begin : begin + SAMPLES_AT_A_TIME])
+        for begin in range(0, len(codes_NT), SAMPLES_AT_A_TIME)
+    )
+    with storage.stage(SAMPLES_NAME) as staged_path:
+        write_adm_npz(staged_path, batches, num_images=len(codes_NT))
 
 
 def write_pictures(
