@@ -8,7 +8,7 @@ shards on S3 are downloaded whole into a `ShardCache`, or into memory without on
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,15 @@ class ShardSet:
             return f"{reader.where}:{reader.sample(position).key}"
         except ArtifactError:
             return f"{reader.where}:position {position}"
+
+    def metadata(self, sample_index: int) -> dict[str, Any]:
+        """Return the JSON of one sample.
+
+        Raises:
+            ArtifactError: its bytes are not a sample's.
+        """
+        shard = self._shard_of(sample_index)
+        return self._open_shards.reader(shard).sample(sample_index - int(self._starts[shard])).metadata
 
     def expect(self, shards: list[int]) -> None:
         """Begin to open shards that will be read soon, in this order; returns at once."""

@@ -107,7 +107,10 @@ def test_images_of_a_group_are_in_one_half(tmp_path: Path) -> None:
     assert {image.in_report_half for image in by_field} == {is_in_report_half("toys")}
     by_prefix = choose_images(reference_of(urls, num_images=20, group_separator="0"), s3=S3Config())
     assert {image.in_report_half for image in by_prefix} == {is_in_report_half("s")}
-    with pytest.raises(ArtifactError, match=r"group_field must be a field of every sample, but s0000 has only group"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"sample s0000: group_field must be a field of every sample, got .concept., but it has only group",
+    ):
         choose_images(reference_of(urls, group_field="concept"), s3=S3Config())
 
 

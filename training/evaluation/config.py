@@ -41,6 +41,20 @@ class HeldOutConfig(Config):
     """Directory or s3:// URL of a held-out shard set."""
     num_samples: PositiveInt = 1024
     """Samples scored, spread evenly over the set; all where it has fewer."""
+    group_field: str | None = None
+    """Field of the source's JSON that says which samples belong together, such as the concept they show: intervals are
+    then made by drawing groups. None takes all samples as independent of each other."""
+    group_separator: str | None = None
+    """Only what stands before it in the group counts."""
+
+    @model_validator(mode="after")
+    def _check_separator_has_a_field(self) -> HeldOutConfig:
+        if self.group_separator is not None and self.group_field is None:
+            raise ValueError(
+                f"held_out.group_separator must come with group_field, got {self.group_separator!r} alone; name the "
+                f"field, or remove it"
+            )
+        return self
 
 
 class ReferenceConfig(Config):

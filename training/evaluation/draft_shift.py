@@ -16,22 +16,27 @@ N samples, K window_size.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pipeline.philox import Int64Array
 from training.evaluation.held_out import KINDS
 from training.evaluation.intervals import Intervals
 from training.evaluation.stages import Arrays
 
 
-def summarise_held_out(model: Arrays, control: Arrays | None, *, intervals: Intervals) -> dict[str, Any]:
+def summarise_held_out(
+    model: Arrays, control: Arrays | None, *, intervals: Intervals, groups_N: Int64Array | None = None
+) -> dict[str, Any]:
     """Return the means of held-out scores and the differences that matter, as JSON values.
 
     Args:
         model: of `score_held_out`.
         control: of the same samples; none without a control.
         intervals: makes them.
+        groups_N: which samples belong together; none takes them as independent.
 
     Returns:
         `num_samples`; `model` and `control` by kind, each `loss_of_offset` and `accuracy_of_offset`; `offset_0` by kind
@@ -49,13 +54,14 @@ def summarise_held_out(model: Arrays, control: Arrays | None, *, intervals: Inte
             "interference_uninformed": loss_0["uninformed"] - control_N,
             "gap": loss_0["own_drafts"] - control_N,
         }
+    of_mean = partial(intervals.of_mean, groups_N=groups_N)
     return {
         "num_samples": len(loss_0["schedule"]),
         "model": _by_kind(model),
         "control": None if control is None else _by_kind(control),
-        "offset_0": {kind: intervals.of_mean(values_N) for kind, values_N in loss_0.items()},
-        "control_offset_0": None if control is None else intervals.of_mean(control["loss_own_drafts"][:, 0]),
-        "differences": {name: intervals.of_mean(values_N) for name, values_N in differences.items()},
+        "offset_0": {kind: of_mean(values_N) for kind, values_N in loss_0.items()},
+        "control_offset_0": None if control is None else of_mean(control["loss_own_drafts"][:, 0]),
+        "differences": {name: of_mean(values_N) for name, values_N in differences.items()},
     }
 
 

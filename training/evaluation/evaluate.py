@@ -21,6 +21,7 @@ from training.config import SamplerConfig
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.draft_shift import summarise_held_out
 from training.evaluation.flips import flip_rates
+from training.evaluation.grouping import held_out_groups
 from training.evaluation.headline import headline_of
 from training.evaluation.held_out import score_held_out, spread_indices
 from training.evaluation.image_features import Reference, reference_features
@@ -187,6 +188,7 @@ class _Evaluation:
     def _held_out(self) -> dict[str, Any]:
         config, inputs = self._config, self._inputs
         sample_indices = spread_indices(config.held_out.num_samples, of=inputs.held_out.num_samples)
+        groups_N = held_out_groups(config.held_out, inputs.held_out, sample_indices=sample_indices)
 
         def scores_of(name: str, loaded: LoadedModel) -> Arrays:
             def make(batch: slice) -> Arrays:
@@ -201,7 +203,7 @@ class _Evaluation:
 
         model = scores_of("model", inputs.model)
         control = None if inputs.control is None else scores_of("control", inputs.control)
-        return summarise_held_out(model, control, intervals=self._intervals)
+        return summarise_held_out(model, control, intervals=self._intervals, groups_N=groups_N)
 
     def _labels(self, reference: Reference, *, num_samples: int) -> np.ndarray:
         labels = reference.labels

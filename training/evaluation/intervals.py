@@ -29,18 +29,26 @@ class Intervals:
         """Keep how many draws there are, and their seed."""
         self._bootstrap, self._seed = bootstrap, seed
 
-    def of_mean(self, values_N: npt.NDArray[Any]) -> dict[str, Any] | None:
-        """Return the mean of numbers, one a sample; none where there are no samples."""
+    def of_mean(self, values_N: npt.NDArray[Any], *, groups_N: Int64Array | None = None) -> dict[str, Any] | None:
+        """Return the mean of numbers, one a sample; none where there are no samples.
+
+        Args:
+            values_N: the numbers.
+            groups_N: in [0, G), the group of each sample; groups are drawn whole then. None draws single samples.
+        """
         if not len(values_N):
             return None
+        groups = np.arange(len(values_N), dtype=np.int64) if groups_N is None else groups_N
+        sums_G, counts_G = np.bincount(groups, weights=values_N), np.bincount(groups)
         found = interval(
-            lambda places: float(values_N[places].mean()),
-            [len(values_N)],
+            lambda places: float(sums_G[places].sum() / counts_G[places].sum()),
+            [len(counts_G)],
             method="replacement",
             seed=self._seed,
             num_draws=self._bootstrap.num_resamples,
         )
-        return _json(found)
+        grouped = {} if groups_N is None else {"num_groups": len(counts_G)}
+        return _json(found) | {"num_samples": [len(values_N)]} | grouped
 
     def of_mean_by_class(self, values_N: npt.NDArray[Any], labels_N: Int64Array) -> dict[str, Any]:
         """Return the mean of each class that has enough samples, by its label as text."""

@@ -25,6 +25,7 @@ from tokenization.crops import make_views
 from tokenization.decoding import decode_image
 from tokenization.image_rejection import ImageRejectedError
 from training.evaluation.config import ReferenceConfig
+from training.evaluation.grouping import before, group_in
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,8 @@ def is_in_report_half(group: str) -> bool:
 def _group_of(sample: InputSample, *, config: ReferenceConfig) -> str:
     group = sample.source
     if config.group_field is not None:
-        if config.group_field not in sample.extra:
-            raise ArtifactError(
-                f"evaluate: reference.group_field must be a field of every sample, but {sample.source} has only "
-                f"{', '.join(sample.extra) or 'none'}, got {config.group_field!r}; name one of them"
-            )
-        group = str(sample.extra[config.group_field])
-    return group if config.group_separator is None else group.split(config.group_separator, 1)[0]
+        group = group_in(sample.extra, config.group_field, of=f"reference.group_field, sample {sample.source}")
+    return before(config.group_separator, group)
 
 
 def digest_of_images(images: Sequence[RealImage]) -> str:
