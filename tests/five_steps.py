@@ -58,7 +58,8 @@ for step in range(5):
     assert abs(norm - float(steps["grad_norms"][step])) < 1e-4, (step, norm)
 weights = full_weights(engine, is_kept=True)
 for name, wanted in steps["final_state_dict"].items():
-    torch.testing.assert_close(weights["base." + name], wanted, atol=5e-5, rtol=0)  # 1 % of what five steps can move
+    # 1 % of what five steps can move; one element is off by 2.2e-5 on torch 2.11.
+    torch.testing.assert_close(weights["base." + name], wanted, atol=5e-5, rtol=0)
 averages = full_average(engine, is_kept=True)
 for name, wanted in steps["ema"].items():
     torch.testing.assert_close(averages["base." + name], wanted, atol=1e-8, rtol=1e-6)  # 5 steps of rounding
