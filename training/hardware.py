@@ -23,14 +23,16 @@ _LEAST_S = 0.02
 
 def measured_peak_flops(device: torch.device, *, dtype: torch.dtype) -> float:
     """Return the FLOP/s of the fastest square matrix product, of those that `_BUDGET_S` is enough to try."""
-    best, began = 0.0, time.perf_counter()
+    best, left_s = 0.0, _BUDGET_S
     for size in _SIZES:
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        first_s = _seconds_of_products(left, right, count=1)  # the first of a size may choose its kernel
-        count = max(1, round(_LEAST_S / first_s))
-        best = max(best, count * 2.0 * size**3 / _seconds_of_products(left, right, count=count))
-        # Each size takes eight times as long as the one before.
-        if time.perf_counter() - began + 16 * first_s > _BUDGET_S:
+        _seconds_of_products(left, right, count=1)  # the first on a CUDA device loads its library, for a second or so
+        one_s = _seconds_of_products(left, right, count=1)
+        count = max(1, round(_LEAST_S / one_s))
+        all_s = _seconds_of_products(left, right, count=count)
+        best = max(best, count * 2.0 * size**3 / all_s)
+        left_s -= 2 * one_s + all_s
+        if 3 * 8 * one_s > left_s:  # each size takes eight times as long as the one before
             break
     return best
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,15 @@ def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
     checkpoint = find_run_checkpoint(str(run_dir), s3=S3Config())
     assert checkpoint is not None
     return checkpoint.read_weights()
+
+
+def test_the_measured_peak_holds_nothing_of_a_start() -> None:
+    """The first product of a process loads torch's matrix library, which takes as long as thousands of products."""
+    code = (
+        "import torch; from training.hardware import measured_peak_flops as peak\n"
+        "print(*(peak(torch.device('cuda'), dtype=torch.bfloat16) for _ in range(2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = map(float, done.stdout.split())
+    assert first == pytest.approx(second, rel=0.3)

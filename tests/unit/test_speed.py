@@ -2,10 +2,12 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from synthetic_shards import train_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.hardware import measured_peak_flops, peak_memory_bytes
 from training.progress import Speed, StepTimes
@@ -41,6 +43,27 @@ def test_the_peak_is_measured_in_a_second_and_no_product_beats_it_by_far(dtype: 
     for _ in range(4):
         left @ left
     assert peak > 0.2 * 4 * 2 * 512**3 / (time.perf_counter() - began)
+
+
+class _SlowStart(TorchDispatchMode):
+    """Products whose first takes a second, as a CUDA device's does, which loads the library first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            if not self.sizes:
+                time.sleep(1.0)
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_slow_start_does_not_end_the_search_for_the_peak_at_the_smallest_product() -> None:
+    with _SlowStart() as products:
+        measured_peak_flops(CPU, dtype=torch.float32)
+    assert len(set(products.sizes)) > 1
 
 
 def test_memory_counts_what_the_process_has_held() -> None:
