@@ -1,6 +1,7 @@
 """What a rank's device can do and what the run takes of it: the peak rate of matrix products, memory, repeatable sums.
 
-The peak is measured, not looked up: the best of a few square products in the dtype of the run, under a second in all.
+The peak is measured, not looked up: the best of a few square products in the dtype of the run, under a second in all
+(but for the start of a CUDA device, which a run needs anyway).
 Vendors' peaks are higher; give `engine.peak_tflops` to compare runs with published MFU.
 """
 
