@@ -44,7 +44,8 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("step", [10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [10, 30])
 def test_a_killed_fit_ends_in_the_same_bytes(tmp_path: Path, step: int) -> None:
     (tmp_path / "images").mkdir()
     for image_index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)):

@@ -73,8 +73,8 @@ def test_a_killed_driver_leaves_nothing_half_done(corpus: Path, tmp_path: Path, 
     assert find_staged(run_dir) == []
     assert verify_shard_set(open_storage(str(run_dir))) == []
     # Ray's two agents notice late that their node is gone; whatever could still write must be.
-    _, alive = psutil.wait_procs(left_behind, timeout=30)
-    assert [process for process in alive if not is_agent(process)] == []
+    _, alive = psutil.wait_procs([process for process in left_behind if not is_agent(process)], timeout=30)
+    assert [process for process in alive if not is_agent(process)] == []  # their names come late, too
 
 
 def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corp
 @pytest.mark.parametrize(
     ("place", "kills"),
     [
-        pytest.param("local", {"driver": 6, "worker": 8, "node": 6}, id="local"),
+        pytest.param("local", {"driver": 2, "worker": 3, "node": 2}, id="seven"),
+        pytest.param("local", {"driver": 6, "worker": 8, "node": 6}, id="twenty", marks=pytest.mark.soak),
         pytest.param("s3", {"driver": 4, "worker": 4, "node": 4}, id="s3", marks=pytest.mark.soak),
     ],
 )

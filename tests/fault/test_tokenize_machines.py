@@ -61,6 +61,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 def test_a_full_disk_fails_the_job_in_plain_words_and_a_larger_one_completes_it(
     corpus: Path, tmp_path: Path, small_disk: Path

@@ -143,6 +143,7 @@ def test_training_killed_five_times_ends_like_an_uninterrupted_one(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_other_world_sizes_and_stages_go_on_with_the_same_losses(tmp_path: Path) -> None:
     shards = write_shard_set(tmp_path / "set")

@@ -128,6 +128,7 @@ def test_a_preempted_run_saves_exits_with_75_and_goes_on_when_there_is_a_node_ag
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.soak
 def test_a_killed_controller_of_the_ranks_is_replaced(shards: Path, tmp_path: Path) -> None:
     config = job(shards, tmp_path / "run", num_steps=ENDLESS, checkpoint__every_n_steps=4)
     launcher = start(config, tmp_path)
@@ -143,6 +144,7 @@ def test_a_killed_controller_of_the_ranks_is_replaced(shards: Path, tmp_path: Pa
     assert [line["num_ranks"] for line in restarts(tmp_path / "run")] == [2]
 
 
+@pytest.mark.soak
 def test_another_ray_on_the_machine_does_not_end_the_ranks(shards: Path, tmp_path: Path) -> None:
     config = job(shards, tmp_path / "run", num_steps=ENDLESS, checkpoint__every_n_steps=ENDLESS)
     launcher = start(config, tmp_path)
