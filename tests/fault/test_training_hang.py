@@ -37,7 +37,7 @@ def test_a_stopped_rank_is_named_and_the_rerun_goes_on(tmp_path: Path) -> None:
     assert "rank 0 ends: rank 1 is hung in step" in output
     assert "stopped, dead or cut off, no heartbeat for more than 6 s" in output
     assert "exitcode  : 76" in output
-    assert "in take\n" in log.read_text()  # the stack of the rank that waited, in a product's sum or in the step's
+    assert "in take\n" in log.read_text()  # the stack of the rank that waited, in a micro step or in the step's own sum
     step = list_checkpoints(open_storage(str(tmp_path / "run")))[-1]
     code, output = run(config.model_copy(update={"num_steps": step + 1}))
     assert code == 0, output
