@@ -74,7 +74,7 @@ def flip_grid(of_position: Sequence[float | None]) -> str:
 def tuning_chart(tried: Sequence[dict[str, Any]]) -> str:
     """An inline `<svg>` of the Frechet distance of every sampler that was tried, the best first."""
     ordered = sorted(tried, key=lambda entry: entry["frechet_distance"])
-    names = [", ".join(f"{name} {value:g}" for name, value in entry.items() if _is_field(name)) for entry in ordered]
+    names = [", ".join(_told(name, value) for name, value in entry.items() if _is_field(name)) for entry in ordered]
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.3 * len(ordered)), layout="constrained")
         axes = figure.subplots()
@@ -86,6 +86,10 @@ def tuning_chart(tried: Sequence[dict[str, Any]]) -> str:
         axes.margins(x=0.12)
         axes.set_xlabel("Frechet distance to the tuning half")
         return inline_svg(figure, title="samplers that were tried")
+
+
+def _told(name: str, value: float | str) -> str:
+    return f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}"
 
 
 def _is_field(name: str) -> bool:

@@ -314,6 +314,9 @@ class TrainConfig(Config):
         return self
 
 
+DraftPolicy = Literal["sampled", "coupled", "argmax"]
+
+
 class SamplerConfig(Config):
     """How codes are drawn from a model."""
 
@@ -327,8 +330,11 @@ class SamplerConfig(Config):
     """Codes kept before the draw; 0 is all."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Probability mass kept before the draw."""
-    draft_policy: Literal["sampled", "coupled", "argmax"] = "sampled"
-    """How drafts are chosen: fresh draws, draws kept across refinements, or the most likely code [ours]."""
+    draft_policy: DraftPolicy = "sampled"
+    """How drafts are chosen: fresh draws, draws kept across refinements, or the most likely code [ours].
+
+    `coupled` flips less and lets `windows_per_call` accept more, at a price: a draft tells about the draw of its own
+    final, so a final that follows its draft is no sample of the model's prediction given the window."""
     draft_temperature: PositiveFloat | None = None
     """Temperature of drafts; none is that of finals."""
     draft_top_k: NonNegativeInt | None = None

@@ -65,6 +65,8 @@ def test_every_combination_of_the_tuned_values_is_tried() -> None:
     samplers = TuningConfig(guidance=(1.0, 2.0), top_k=(0, 5)).samplers(SamplerConfig(temperature=0.7))
     assert [(sampler.top_k, sampler.guidance) for sampler in samplers] == [(0, 1.0), (0, 2.0), (5, 1.0), (5, 2.0)]
     assert {sampler.temperature for sampler in samplers} == {0.7}
+    policies = TuningConfig(guidance=(1.0,), draft_policy=("sampled", "argmax")).samplers(SamplerConfig())
+    assert [(sampler.guidance, sampler.draft_policy) for sampler in policies] == [(1.0, "sampled"), (1.0, "argmax")]
     with pytest.raises(ValueError, match="tuning must name values of at least one of temperature"):
         TuningConfig()
 
@@ -87,6 +89,11 @@ def test_a_best_value_at_the_edge_of_those_tried_is_told() -> None:
     codes = [{"top_k": 10, "frechet_distance": 2.0}, {"top_k": 0, "frechet_distance": 1.0}]
     assert fields_at_edge(codes) == ()  # 0 is all codes
     assert fields_at_edge([codes[1] | {"frechet_distance": 3.0}, codes[0]]) == ("top_k",)
+    policies = [
+        {"draft_policy": "argmax", "frechet_distance": 2.0},
+        {"draft_policy": "coupled", "frechet_distance": 1.0},
+    ]
+    assert fields_at_edge(policies) == ()  # names have no order
     assert fields_at_edge([*codes, {"top_k": 90, "frechet_distance": 0.5}]) == ()  # between 10 and all
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from training.config import ModelConfig, SamplerConfig
 from training.drawing import draw_codes, filter_logits, gumbel_draws
@@ -207,6 +208,19 @@ def test_coupled_draws_of_a_code_are_kept_across_refinements() -> None:
     assert int(made[0][0, 2]) == int(made[1][0, 1]) == int(made[2][0, 0]) == int(draws(6, 0).argmax())
     drafts = draw_codes(logits, config=fresh, seed=0, sample_counters_B=torch.tensor([1]), first_position=4)
     assert drafts[0].tolist() == [int(draws(4 + offset, offset).argmax()) for offset in range(3)]
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("sampled", 0.75), ("coupled", 1.0)])
+def test_only_fresh_drafts_leave_the_final_to_the_models_prediction(policy: Any, expected: float) -> None:
+    # A model that gives the draft of a code 3 of 4, the other code 1 of 4.
+    config = SamplerConfig(draft_policy=policy)
+    samples = torch.arange(4000)
+    drafts = draw_codes(torch.zeros(4000, 2, 2), config=config, seed=3, sample_counters_B=samples, first_position=4)[
+        :, 1
+    ]
+    logits = F.one_hot(drafts, 2)[:, None] * math.log(3.0)
+    finals = draw_codes(logits, config=config, seed=3, sample_counters_B=samples, first_position=5)[:, 0]
+    assert float((finals == drafts).double().mean()) == pytest.approx(expected, abs=0.03)
 
 
 def test_windows_of_the_true_codes_are_what_sampling_would_feed_were_its_drafts_true() -> None:

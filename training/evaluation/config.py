@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from pipeline.config import S3Config, Seed, SourceConfig
 from tokenization.config import Config, TokenizerConfig
-from training.config import DType, NoiseConfig, SamplerConfig
+from training.config import DraftPolicy, DType, NoiseConfig, SamplerConfig
 
 MIN_HALF = 4
 """Images that a half of the reference must hold: precision looks at third neighbours, intervals at halves."""
@@ -102,6 +102,10 @@ class FeaturesConfig(Config):
         return self
 
 
+TUNABLE = ("temperature", "top_k", "top_p", "guidance", "draft_temperature", "draft_policy")
+"""Fields of the sampler that a tuning may try."""
+
+
 class TuningConfig(Config):
     """Values of the sampler to try; every combination is judged by Frechet distance to the tuning half."""
 
@@ -111,6 +115,7 @@ class TuningConfig(Config):
     top_p: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = ()
     guidance: tuple[NonNegativeFloat, ...] = ()
     draft_temperature: tuple[PositiveFloat, ...] = ()
+    draft_policy: tuple[DraftPolicy, ...] = ()
     num_samples: Annotated[int, Field(ge=MIN_HALF)] = 500
     """Samples drawn for each combination; the same labels and seeds for all."""
     against: Literal["real", "decoded"] = "real"
@@ -121,16 +126,14 @@ class TuningConfig(Config):
     def _check_something_is_tried(self) -> TuningConfig:
         if not self.tried:
             raise ValueError(
-                "tuning must name values of at least one of temperature, top_k, top_p, guidance and draft_temperature, "
-                "got none; give some or remove tuning"
+                f"tuning must name values of at least one of {', '.join(TUNABLE)}, got none; give some or remove tuning"
             )
         return self
 
     @property
-    def tried(self) -> dict[str, tuple[float, ...]]:
+    def tried(self) -> dict[str, tuple[float | str, ...]]:
         """The fields of the sampler that vary, each with its values."""
-        names = ("temperature", "top_k", "top_p", "guidance", "draft_temperature")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        return {name: getattr(self, name) for name in TUNABLE if getattr(self, name)}
 
     def samplers(self, sampler: SamplerConfig) -> list[SamplerConfig]:
         """Every combination laid over `sampler`, the last field varying fastest."""

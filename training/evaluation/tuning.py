@@ -66,6 +66,9 @@ def fields_at_edge(tried: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _is_at_edge(name: str, best: dict[str, Any], tried: Sequence[dict[str, Any]]) -> bool:
+    if isinstance(best[name], str):
+        return False
+
     def of(entry: dict[str, Any]) -> float:
         return math.inf if name == "top_k" and entry[name] == 0 else float(entry[name])
 
