@@ -18,7 +18,7 @@ from pydantic import NonNegativeFloat, ValidationError
 from jobs.results import Found, Measure, find_run
 from jobs.run import SPEC_NAME
 from pipeline.config import S3Config
-from pipeline.storage import ArtifactError, DirectoryInUseError, Storage, open_storage
+from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import Config
 
 STUDY_NAME = "study.json"
@@ -84,7 +84,7 @@ def result_of_run(storage: Storage, claim: Storage, *, name: str, cases: dict[st
         found: What its own files say.
     """
     outcome = read_outcome(claim)
-    state = state_of(found, outcome, is_held=lambda: is_held(claim) or is_held(storage))
+    state = state_of(found, outcome, is_held=lambda: claim.is_held() or storage.is_held())
     finite = {name: measure for name, value in found.measures.items() if (measure := _finite(value)) is not None}
     return RunResult(
         name=name,
@@ -114,15 +114,6 @@ def state_of(found: Found, outcome: Outcome | None, *, is_held: Callable[[], boo
     if found.is_done:
         return "done"
     return "to do" if outcome is None or outcome.state == "done" else "stopped"
-
-
-def is_held(storage: Storage) -> bool:
-    """Whether another live process writes the directory."""
-    try:
-        with storage.exclusive():
-            return False
-    except DirectoryInUseError:
-        return True
 
 
 def claim_of(study: Storage, run: str, *, s3: S3Config) -> Storage:

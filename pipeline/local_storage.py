@@ -132,13 +132,32 @@ def exclusive(directory: Path) -> Iterator[None]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DirectoryInUseError(
-                f"write {directory}: one job at a time may write a directory, and another does; wait for it or stop it"
-            ) from error
+        while not _lock(file, fcntl.LOCK_EX):
+            if not _lock(file, fcntl.LOCK_SH):
+                raise DirectoryInUseError(
+                    f"write {directory}: one job at a time may write a directory, and another does; wait for it or "
+                    f"stop it"
+                )
+            fcntl.flock(file, fcntl.LOCK_UN)  # others only look, or try as well
         yield
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process is in `exclusive`; looking makes no file and keeps nobody out."""
+    try:
+        with (directory / ".lock").open() as file:
+            return not _lock(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Whether a lock was to be had at once; kept until the file is closed."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:
@@ -225,6 +244,10 @@ class LocalStorage(Storage):
         """See `Storage.exclusive`."""
         with exclusive(self.root):
             yield
+
+    def is_held(self) -> bool:
+        """See `Storage.is_held`."""
+        return is_held(self.root)
 
 
 def _read_range(descriptor: int, *, start: int, end: int) -> bytes:

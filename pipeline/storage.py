@@ -124,6 +124,10 @@ class Storage(ABC):
             DirectoryInUseError: on entry, where another live process holds it.
         """
 
+    @abstractmethod
+    def is_held(self) -> bool:
+        """Whether a live process holds `exclusive`; a look, that writes nothing and keeps nobody out."""
+
 
 @lru_cache(maxsize=64)
 def open_storage(url: str, *, s3: S3Config = S3Config()) -> Storage:  # noqa: B008  (frozen)

@@ -153,6 +153,11 @@ class S3Lock:
         except (ArtifactError, FileNotFoundError) as error:
             logger.warning("s3 lock not removed url=%s free_in_s=%.0f cause=%s", self.url, STALE_S, error)
 
+    def is_held(self) -> bool:
+        """Whether any live process holds it, this one or another."""
+        found = self.read()
+        return found is not None and not is_stale(found.holder, age_s=found.age_s)
+
     def read(self) -> _Found | None:
         """Return who holds the lock and how long ago it was renewed; None where nobody holds it."""
         try:

@@ -14,7 +14,7 @@ from typing import IO
 
 from pipeline.config import S3Config
 from pipeline.s3.download import head, info_of, receive, receive_all
-from pipeline.s3.lock import hold_lock
+from pipeline.s3.lock import S3Lock, hold_lock
 from pipeline.s3.reader import open_reader
 from pipeline.s3.requests import Answer, S3Requests
 from pipeline.s3.staging import remove_dead_directories, staging_directory
@@ -108,6 +108,10 @@ class S3Storage(Storage):
         """See `Storage.exclusive`; the lock is the object `.lock`, renewed while it is held."""
         with hold_lock(self.requests, f"{self.base}.lock"):
             yield
+
+    def is_held(self) -> bool:
+        """See `Storage.is_held`."""
+        return S3Lock(self.requests, f"{self.base}.lock").is_held()
 
     def _visible(self, page: Answer) -> Iterator[tuple[str, FileInfo]]:
         """Yield (name, info) of a page's objects; folders and names with a part that starts with a dot are left out."""

@@ -245,6 +245,20 @@ def test_a_held_lock_names_its_holder(storage: S3Storage) -> None:
         holder.communicate()
 
 
+def test_a_look_at_a_lock_writes_nothing_and_tells_the_living_from_the_dead(storage: S3Storage) -> None:
+    assert not storage.is_held()
+    assert storage.find(".lock") is None
+    holder = run_python(HOLD, storage.url)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    found = storage.find(".lock")
+    assert storage.is_held()
+    holder.kill()
+    holder.communicate()
+    assert not storage.is_held()
+    assert storage.find(".lock") == found
+
+
 def test_the_lock_of_a_dead_process_of_this_machine_is_taken_at_once(
     storage: S3Storage, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,7 @@ from synthetic_checkpoints import write_checkpoint
 
 from jobs.grid import Study, load_job
 from jobs.study import run_study
-from jobs.study_results import claim_of, is_held, read_study, write_outcome
+from jobs.study_results import claim_of, read_study, write_outcome
 from pipeline.config import S3Config
 from pipeline.storage import Storage, open_storage
 
@@ -51,7 +51,7 @@ def test_a_finished_study_on_s3_is_told_there_and_leaves_no_lock(study: Study, s
     ]
     assert storage.read_bytes("report.html").decode().count("<svg") == 2  # no training line, no curve of it
     assert json.loads(storage.read_bytes("recipe=full,seed=1/spec.json"))["noise"]["schedule"] == "full"
-    assert not is_held(storage)
+    assert not storage.is_held()
     assert read_study(f"{s3_url}/study", s3=S3Config()) == result
 
 

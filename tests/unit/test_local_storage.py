@@ -1,6 +1,7 @@
 """Stage and commit: a name is whole or absent, leftovers are found, one writer at a time."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from pipeline.local_storage import (
     LocalStorage,
     exclusive,
     find_staged,
+    is_held,
     local_path,
     remove_staged,
     sha256_of_file,
@@ -90,6 +92,37 @@ def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> N
         second.__enter__()
     with exclusive(tmp_path / "run"):
         pass
+
+
+def test_a_look_tells_a_writer_and_leaves_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert not is_held(directory)
+    assert not directory.exists()
+    with exclusive(directory):
+        assert is_held(directory)
+    assert not is_held(directory)
+
+
+def test_a_writer_that_begins_while_others_look_is_not_refused(tmp_path: Path) -> None:
+    with exclusive(tmp_path):
+        pass
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            is_held(tmp_path)
+
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(300):
+            with exclusive(tmp_path):
+                pass
+    finally:
+        is_over.set()
+        for looker in lookers:
+            looker.join()
 
 
 def test_object_storage_is_refused_by_name() -> None:
