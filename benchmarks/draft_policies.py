@@ -1,4 +1,4 @@
-"""Pictures under each draft policy against the control's, far from the noise: blocks of samples, JSON lines.
+"""Pictures under each draft policy against the control's, by blocks of samples that show their own scatter; JSON lines.
 
     python benchmarks/draft_policies.py --spec jobs/specs/study_evaluation.yaml \
         --control runs/study/recipes/recipe=control,seed=0 --weights runs/study/recipes/recipe=tuned,seed=0 \

@@ -11,6 +11,7 @@ from synthetic_shards import CODEBOOK_SIZE, CODES_PER_SIDE, NUM_CLASSES, codes_o
 from torch.nn import functional as F
 from toy_corpus import write_tar, write_tars
 
+from jobs.evaluation_charts import tuning_chart
 from pipeline.config import S3Config, WebDatasetConfig
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError, open_storage
@@ -95,6 +96,16 @@ def test_a_best_value_at_the_edge_of_those_tried_is_told() -> None:
     ]
     assert fields_at_edge(policies) == ()  # names have no order
     assert fields_at_edge([*codes, {"top_k": 90, "frechet_distance": 0.5}]) == ()  # between 10 and all
+
+
+def test_the_chart_of_the_tuning_names_numbers_and_policies() -> None:
+    svg = tuning_chart(
+        [
+            {"guidance": 1.5, "draft_policy": "coupled", "frechet_distance": 40.0},
+            {"guidance": 2.0, "draft_policy": "argmax", "frechet_distance": 30.0},
+        ]
+    )
+    assert svg.index("guidance 2, draft_policy argmax") < svg.index("guidance 1.5, draft_policy coupled")
 
 
 def test_the_chosen_images_are_a_part_of_a_larger_choice(tmp_path: Path) -> None:
