@@ -37,6 +37,10 @@ MEASURES = (
     ("density", "density", "precision by how many real images are near; 1 for equal sets"),
     ("coverage", "coverage", "share of real images that have a sample near"),
 )
+SCORES = (
+    ("label_score", "share of images whose class is the nearest"),
+    ("caption_score", "share of images whose class's caption is the nearest"),
+)
 SCALES = {"kernel_distance": 1000.0, "kernel_distance_to_decoded": 1000.0}
 LOSSES = (
     ("schedule", "windows noised by the schedule"),
@@ -157,12 +161,10 @@ def _measures(result: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, title, note in MEASURES
     ]
-    for top in ("top_1", "top_5"):
-        score = measures["label_score"][top]
-        title = f"label score, top {top[-1]}"
-        note = "share of images whose class is the nearest" if top == "top_1" else "... or among the nearest five"
-        scores = {"samples": told(score["samples"]), "decoded": told(None), "real": told(score["real"])}
-        lines.append({"name": title, "note": note, **scores})
+    for kind, first in SCORES:
+        for top, note in (("top_1", first), ("top_5", "... or among the nearest five")) if kind in measures else ():
+            scores = {of: told(measures[kind][top].get(of)) for of in ("samples", "decoded", "real")}
+            lines.append({"name": f"{kind.replace('_', ' ')}, top {top[-1]}", "note": note, **scores})
     return lines
 
 

@@ -10,16 +10,26 @@ import pytest
 from training.evaluation.config import BootstrapConfig
 from training.evaluation.image_features import Half, Reference
 from training.evaluation.intervals import Intervals
-from training.evaluation.measures import compared_sets, distances_of, distances_to_decoded, label_score, manifold_of
+from training.evaluation.measures import (
+    caption_score,
+    compared_sets,
+    distances_of,
+    distances_to_decoded,
+    label_score,
+    manifold_of,
+)
 from training.evaluation.samples import SampleSet
 
 INTERVALS = Intervals(BootstrapConfig(num_resamples=2, min_per_class=4), seed=0)
 POINTS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 
 
-def half(real_NF: np.ndarray, decoded_NF: np.ndarray, *, labels_N: np.ndarray | None = None) -> Half:
+def half(
+    real_NF: np.ndarray, decoded_NF: np.ndarray, *, labels_N: np.ndarray | None = None, captions: tuple[str, ...] = ()
+) -> Half:
     labels_N = np.zeros(len(real_NF), dtype=np.int64) if labels_N is None else labels_N
-    return Half(labels_N=labels_N, real_NF=real_NF, decoded_NF=decoded_NF)
+    captions_N = np.array(captions or [""] * len(real_NF), dtype=np.str_)
+    return Half(labels_N=labels_N, captions_N=captions_N, real_NF=real_NF, decoded_NF=decoded_NF)
 
 
 def sample_set(features_NF: np.ndarray, *, labels_N: np.ndarray | None = None) -> SampleSet:
@@ -70,3 +80,24 @@ def test_classes_of_the_label_score_are_those_of_both_halves() -> None:
     samples = sample_set(np.concatenate([east, north]), labels_N=np.array([0, 0, 0, 1, 1, 1, 1, 1]))
     score = label_score(samples, reference, num_classes=3, intervals=INTERVALS)
     assert values_of(score["top_1"]) == {"samples": 7 / 8, "real": 1.0}
+
+
+def test_caption_score_is_of_decoded_images_by_a_map_of_those_that_have_captions() -> None:
+    ways = {"to the east": [1, 0], "to the north": [0, 1], "east": [2, 0.1], "north": [0.1, 2]}
+    east, north = (np.tile(np.float32([x, y]), (4, 1)) for x, y in ((1, 0), (0, 1)))
+    decoded_NF = np.concatenate([east, north, 50 * (east - north)])  # the last four have no captions and no say
+    captions = ("east",) * 4 + ("north",) * 4 + ("",) * 4
+    report = half(north, east, labels_N=np.array([0, 0, 0, -1]))
+    reference = Reference(tuning=half(-decoded_NF, decoded_NF, captions=captions), report=report, num_rejected=0)
+    score = caption_score(
+        sample_set(np.concatenate([east, north]), labels_N=np.array([0, 0, 0, 1, 1, 1, 1, 1])),
+        reference,
+        embed=lambda texts: np.float32([ways[text] for text in texts]),
+        class_captions=("to the east", "to the north"),
+        penalty=0.1,
+        intervals=INTERVALS,
+    )
+    assert score["num_captions"] == 2
+    assert values_of(score["top_1"]) == {"samples": 7 / 8, "decoded": 1.0}
+    assert values_of(score["top_5"]) == {"samples": 1.0, "decoded": 1.0}
+    assert values_of(score["top_1_of_class"]["samples"]) == {"1": 4 / 5}  # the other has too few samples

@@ -270,8 +270,8 @@ def test_parts_of_another_version_of_the_program_are_refused(tmp_path: Path) -> 
     stages = Stages(open_storage(str(tmp_path)))
     stages.check_inputs({"weights": "aa"})
     inputs = tmp_path / "stages" / "inputs.json"
-    inputs.write_text(inputs.read_text().replace('"stages version": 1', '"stages version": 0'))
-    with pytest.raises(ArtifactError, match=r"these have: stages version \(then 0, now 1\); set another run_dir"):
+    inputs.write_text(inputs.read_text().replace('"stages version": 2', '"stages version": 1'))
+    with pytest.raises(ArtifactError, match=r"these have: stages version \(then 1, now 2\); set another run_dir"):
         stages.check_inputs({"weights": "aa"})
 
 
@@ -324,7 +324,9 @@ def test_a_mirror_twin_does_not_set_the_threshold_of_repeated_images() -> None:
         calls_per_image=1.0,
         seconds_per_image=0.0,
     )
-    half = Half(labels_N=labels, real_NF=_directions(0, 0), decoded_NF=_directions(90, 290))
+    half = Half(
+        labels_N=labels, captions_N=np.array(["", ""]), real_NF=_directions(0, 0), decoded_NF=_directions(90, 290)
+    )
     reference = Reference(tuning=half, report=half, num_rejected=0)
     found = find_memorised(samples, reference, training_NF, num_views=2, num_nearest=1)
     assert found.summary["threshold"] == pytest.approx(0.5)  # 1 - cos 60

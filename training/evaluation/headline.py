@@ -13,7 +13,7 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     Losses are of offset 0 in nats. `_codes` and `_real` are the floors: what real images come to after the tokenizer,
     and as they are; `_to_decoded` is the distance to real images after the tokenizer, which leaves its part out. What
-    the evaluation does not have (a control, drafts, training images) is left out.
+    the evaluation does not have (a control, drafts, training images, captions) is left out.
 
     Args:
         result: of `evaluation.json`, all but its headline.
@@ -33,6 +33,7 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         "precision": measures["precision"]["samples"],
         "recall": measures["recall"]["samples"],
         "label_score": measures["label_score"]["top_1"]["samples"],
+        "caption_score": measures["caption_score"]["top_1"]["samples"] if "caption_score" in measures else None,
     }
     numbers = {
         "flip_rate": result["flips"]["flip_rate"],

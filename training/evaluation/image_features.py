@@ -74,6 +74,8 @@ class Half:
 
     labels_N: Int64Array
     """-1 where an image has none."""
+    captions_N: npt.NDArray[np.str_]
+    """Empty where an image has none."""
     real_NF: FloatFeatures
     """Of the images."""
     decoded_NF: FloatFeatures
@@ -113,6 +115,7 @@ def reference_features(
         decoded_NHWC = tokenizer.decode(tokenizer.encode(pixels_NHWC))
         return {
             "labels": np.array([images[place].label for place in places], dtype=np.int64),
+            "captions": np.array([images[place].caption for place in places], dtype=np.str_),
             "in_report_half": np.array([images[place].in_report_half for place in places], dtype=np.bool_),
             "real": reader.extract(pixels_NHWC),
             "decoded": reader.extract(decoded_NHWC),
@@ -159,7 +162,12 @@ def _half(arrays: Arrays, *, in_report_half: bool) -> Half:
             f"{len(chosen)} in the {'report' if in_report_half else 'tuning'} half; raise reference.num_images, or set "
             "reference.group_field or group_separator so that there are more groups"
         )
-    return Half(labels_N=arrays["labels"][chosen], real_NF=arrays["real"][chosen], decoded_NF=arrays["decoded"][chosen])
+    return Half(
+        labels_N=arrays["labels"][chosen],
+        captions_N=arrays["captions"][chosen],
+        real_NF=arrays["real"][chosen],
+        decoded_NF=arrays["decoded"][chosen],
+    )
 
 
 class TrainingImages:

@@ -17,6 +17,7 @@ from pipeline.config import S3Config
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
 from tokenization.tokenizer import Tokenizer
+from training.evaluation.captions import check_embedder, read_class_captions
 from training.evaluation.config import FREE_FIELDS, ControlConfig, EvaluateConfig
 from training.evaluation.features import load_features
 from training.evaluation.image_features import FeatureReader, TrainingImages, check_codes
@@ -56,6 +57,8 @@ class Inputs:
     held_out: ShardSet
     training_images: TrainingImages | None
     reader: FeatureReader
+    class_captions: tuple[str, ...] | None
+    """None: there is no caption score."""
     digests: dict[str, Any]
     """What the results depend on, as JSON values by name."""
 
@@ -65,7 +68,7 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
 
     Raises:
         ArtifactError: something is missing or damaged, or they do not belong together.
-        ValueError: the device or the feature network is not to be had.
+        ValueError: the device, the feature network or the captions' embedder is not to be had.
         NativeOpError: they are to be used, and there are none.
     """
     device = pick_device(config.device)
@@ -83,6 +86,15 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
     training_images = None
     if config.training_set is not None:
         training_images = TrainingImages(config.training_set, tokenizer=tokenizer, s3=config.s3)
+    class_captions = None
+    if config.captions is not None:
+        check_embedder()
+        class_captions = read_class_captions(
+            config.captions.of_classes,
+            class_names=held_out.manifest.class_names,
+            num_classes=model.file.config.num_classes,
+            s3=config.s3,
+        )
     features = load_features(config.features.network, device=device, weights=config.features.weights)
     digests = {
         "spec": _digest_of_spec(config),
@@ -91,6 +103,7 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         "features": features.fingerprint,
         "held_out.shards": digest_of_shards(held_out),
         "training_set.shards": None if training_images is None else digest_of_shards(training_images.shard_set),
+        "captions.of_classes": None if class_captions is None else _digest_of(class_captions),
     }
     return Inputs(
         device=device,
@@ -100,14 +113,14 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         held_out=held_out,
         training_images=training_images,
         reader=FeatureReader(features, cache_dir=config.features.cache_dir),
+        class_captions=class_captions,
         digests=digests,
     )
 
 
 def digest_of_shards(shard_set: ShardSet) -> str:
     """Return 16 hex digits that change with the bytes of a set's shards, whose checksums its manifest has."""
-    checksums = [shard.sha256 for shard in shard_set.manifest.shards]
-    return hashlib.sha256(json.dumps(checksums).encode()).hexdigest()[:16]
+    return _digest_of([shard.sha256 for shard in shard_set.manifest.shards])
 
 
 def digests_of_weights(config: EvaluateConfig) -> dict[str, str | None]:
@@ -152,4 +165,9 @@ def _digest_of_spec(config: EvaluateConfig) -> str:
             level = level[parent]
         del level[field]
     del fields["run_dir"]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest_of(fields)
+
+
+def _digest_of(values: Any) -> str:
+    """Return 16 hex digits of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

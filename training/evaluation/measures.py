@@ -1,4 +1,4 @@
-"""Samples against real images: distances, precision and recall, label score; each beside what real images come to.
+"""Samples against real images: distances, precision and recall, scores; each beside what real images come to.
 
 Invariant: a measure that depends on the number of images is taken on equally many samples, real images of the tuning
 half (`real`) and reconstructions of them (`decoded`), all against the whole report half. These are marks and no bounds:
@@ -10,11 +10,13 @@ N samples, F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from training.evaluation.captions import caption_ranks, fit_caption_map
 from training.evaluation.distances import frechet_distance, kernel_distance
 from training.evaluation.held_out import spread_indices
 from training.evaluation.image_features import FloatFeatures, Reference
@@ -25,6 +27,8 @@ from training.evaluation.samples import SampleSet
 
 DISTANCES: dict[str, Distance] = {"frechet_distance": frechet_distance, "kernel_distance": kernel_distance}
 TOP = (1, 5)
+
+Embed = Callable[[Sequence[str]], FloatFeatures]
 
 
 def compared_sets(samples: SampleSet, reference: Reference) -> dict[str, FloatFeatures]:
@@ -90,13 +94,45 @@ def label_score(samples: SampleSet, reference: Reference, *, num_classes: int, i
         "samples": _ranked(label_ranks(means, samples.features_NF, samples.labels_N), samples.labels_N),
         "real": _ranked(label_ranks_left_one_out(means, real_NF, labels_N), labels_N),
     }
-    score: dict[str, Any] = {
-        f"top_{top}": {of: intervals.of_mean(ranks_N < top) for of, (ranks_N, _) in ranked.items()} for top in TOP
+    return _score(ranked, intervals=intervals)
+
+
+def caption_score(
+    samples: SampleSet,
+    reference: Reference,
+    *,
+    embed: Embed,
+    class_captions: Sequence[str],
+    penalty: float,
+    intervals: Intervals,
+) -> dict[str, Any]:
+    """Return the share of images whose class's caption is the nearest (`top_1`) or among the nearest five.
+
+    Nearest to what a map makes of an image's features; it is fitted to the decoded images of the tuning half and their
+    own captions. Beside samples stand the decoded images of the report half, whose concepts the map has not seen.
+
+    Args:
+        samples: ranked.
+        reference: gives the map, and its report half is ranked as well.
+        embed: texts to embeddings, (N, E).
+        class_captions: in label order, no two alike.
+        penalty: of the map, see `fit_caption_map`.
+        intervals: makes them.
+    """
+    tuning, report = reference.tuning, reference.report
+    has_caption_N = tuning.captions_N != ""
+    captions, caption_of_image_N = np.unique(tuning.captions_N[has_caption_N], return_inverse=True)
+    embeddings_PE, candidates_CE = np.split(embed([*captions, *class_captions]), [len(captions)])
+    caption_map = fit_caption_map(tuning.decoded_NF[has_caption_N], embeddings_PE[caption_of_image_N], penalty=penalty)
+    has_label_N = report.labels_N >= 0
+    ranked = {
+        of: (caption_ranks(caption_map, features_NF, candidates_CE=candidates_CE, captions_N=labels_N), labels_N)
+        for of, features_NF, labels_N in (
+            ("samples", samples.features_NF, samples.labels_N),
+            ("decoded", report.decoded_NF[has_label_N], report.labels_N[has_label_N]),
+        )
     }
-    score["top_1_of_class"] = {
-        of: intervals.of_mean_by_class(ranks_N < 1, labels) for of, (ranks_N, labels) in ranked.items()
-    }
-    return score
+    return {"num_captions": len(captions), **_score(ranked, intervals=intervals)}
 
 
 def distance_of_class(samples: SampleSet, reference: Reference, *, intervals: Intervals) -> dict[str, Any]:
@@ -108,6 +144,19 @@ def distance_of_class(samples: SampleSet, reference: Reference, *, intervals: In
         labels_N=samples.labels_N,
         labels_M=reference.report.labels_N,
     )
+
+
+def _score(
+    ranked: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]], *, intervals: Intervals
+) -> dict[str, Any]:
+    """Return the shares of images that are ranked first, and among the first five, of ranks and labels by set."""
+    score: dict[str, Any] = {
+        f"top_{top}": {of: intervals.of_mean(ranks_N < top) for of, (ranks_N, _) in ranked.items()} for top in TOP
+    }
+    score["top_1_of_class"] = {
+        of: intervals.of_mean_by_class(ranks_N < 1, labels) for of, (ranks_N, labels) in ranked.items()
+    }
+    return score
 
 
 def _ranked(

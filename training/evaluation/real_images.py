@@ -42,6 +42,8 @@ class RealImage:
     """Work unit and the input's own name."""
     label: int
     """`NO_LABEL` where it has none."""
+    caption: str
+    """Empty where it has none."""
     in_report_half: bool
     """Whether it is reported against; the others are tuned by."""
     data: bytes
@@ -78,6 +80,7 @@ def _taken(sample: InputSample, *, name: str, config: ReferenceConfig) -> RealIm
     return RealImage(
         name=name,
         label=NO_LABEL if sample.label is None else sample.label,
+        caption=(sample.caption or "").strip(),
         in_report_half=is_in_report_half(group),
         data=sample.data,
     )
@@ -96,10 +99,10 @@ def _group_of(sample: InputSample, *, config: ReferenceConfig) -> str:
 
 
 def digest_of_images(images: Sequence[RealImage]) -> str:
-    """Return the hex sha256 of the names, halves, labels and bytes of images."""
+    """Return the hex sha256 of the names, halves, labels, captions and bytes of images."""
     digest = hashlib.sha256()
     for image in images:
-        head = (image.name, image.label, image.in_report_half, len(image.data))
+        head = (image.name, image.label, image.caption, image.in_report_half, len(image.data))
         digest.update(ascii(head).encode())
         digest.update(image.data)
     return digest.hexdigest()

@@ -27,7 +27,7 @@ Arrays = dict[str, Array]
 
 STAGES = "stages"
 INPUTS_NAME = f"{STAGES}/inputs.json"
-STAGES_VERSION = 1
+STAGES_VERSION = 2
 """Raised whenever a part would come out otherwise from the same inputs, so that no older program's parts are used."""
 
 
