@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from training import noise, ops
-from training.build_ops import INSTRUCTION_SETS
 
 WORD = 2**32 - 1
 
@@ -123,28 +118,6 @@ def test_windows_do_not_depend_on_the_threads(coupling: Any) -> None:
     alone = ops.noise_windows(codes, **arguments)
     torch.set_num_threads(3)
     assert torch.equal(ops.noise_windows(codes, **arguments), alone)
-
-
-CHECK_ALL_SHAPES = """
-import torch
-from test_ops import arguments_of
-from training import noise, ops
-for coupling in ("independent", "shared"):
-    for window_size in (1, 2, 3, 4, 5, 8, 11):
-        codes = torch.randint(0, 16384, (3, 67))
-        arguments = arguments_of(batch=3, window_size=window_size, coupling=coupling)
-        assert torch.equal(ops.noise_windows(codes, **arguments), noise.noise_windows(codes, **arguments))
-"""
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_every_instruction_set_writes_the_same_windows(name: str) -> None:
-    variables = {
-        "TENSORAR_INSTRUCTION_SET": name,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    done = subprocess.run([sys.executable, "-c", CHECK_ALL_SHAPES], env=os.environ | variables, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("coupling", ["independent", "shared"])

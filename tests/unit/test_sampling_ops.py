@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +11,6 @@ import torch
 from torch import Tensor
 
 from training import ops
-from training.build_ops import INSTRUCTION_SETS
 from training.config import ModelConfig, SamplerConfig
 from training.drawing import Draws, draw_cells, predicted_cells, reference_sampling_uniforms
 from training.frozen import FrozenModel
@@ -62,15 +57,6 @@ def check_projected_states() -> None:
         assert np.abs(made.double().numpy() - exact).max() < 1e-5
         alone = torch.cat([ops.project_states(state, weight) for state in states.split(1)])
         assert torch.equal(made, alone), (num_states, dim, num_weights)
-
-
-@pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_every_instruction_set_draws_and_projects_as_float64_does(name: str) -> None:
-    root = str(Path(__file__).parent)
-    variables = {"TENSORAR_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    code = "import test_sampling_ops as it; it.check_drawn_codes(); it.check_projected_states()"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
 
 
 def _draw(logits_BRV: Tensor, config: SamplerConfig, *, name: Any) -> Tensor:
