@@ -38,6 +38,9 @@ from tokenization.tokenizer import Tokenizer
 
 SAMPLES_PER_GROUP = 16
 NUM_GROUPS_AHEAD = 4
+IMAGES_IN_A_ROW = 128
+"""Images that a worker of one core prepares before it encodes them, batch after batch: the first batch after other work
+finds the encoder's weights and code out of the caches."""
 SWITCH_INTERVAL_S = 0.0005
 """How long a Python thread may keep the others waiting; with the default 5 ms, decoding would starve the encoder."""
 
@@ -188,6 +191,7 @@ class UnitTokenizer:
     def _encode(self, under_way: _Unit, prepared: Iterable[PreparedSample | Reject]) -> Iterator[ShardSample]:
         """Yield the usable samples with their codes; every batch but the last is full. Rejects are put aside."""
         batch_size, num_views = self._config.tokenizer.batch_size, self._config.views.num_views
+        in_a_row = batch_size * (1 if self._threads is not None else max(1, IMAGES_IN_A_ROW // batch_size))
         waiting: deque[PreparedSample] = deque()
         images: list[npt.NDArray[np.uint8]] = []
         codes: list[npt.NDArray[np.int32]] = []
@@ -198,10 +202,10 @@ class UnitTokenizer:
             if sample is not None:
                 waiting.append(sample)
                 images.extend(sample.images_VHWC)
-            while len(images) >= (1 if sample is None else batch_size):
+            while images and (sample is None or len(images) >= in_a_row):
                 with under_way.timed("encode"):
-                    codes.extend(self._tokenizer.encode(np.stack(images[:batch_size])))
-                del images[:batch_size]
+                    codes.extend(self._tokenizer.encode(np.stack(images[:in_a_row])))
+                del images[:in_a_row]
             while waiting and len(codes) >= num_views:
                 done = waiting.popleft()
                 yield ShardSample(key=done.key, codes_VT=np.stack(codes[:num_views]), metadata=done.metadata)

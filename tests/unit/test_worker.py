@@ -60,8 +60,9 @@ def test_codes_are_those_of_full_batches_over_all_views_in_order(
     assert record.counts.num_written == record.counts.num_read == 7
 
 
+@pytest.mark.parametrize(("in_a_row", "expected"), [(1, [4, 4, 4, 4, 4, 4, 4, 2]), (9, [8, 8, 8, 6]), (128, [30])])
 def test_batches_are_full_but_for_the_last_also_where_views_straddle_them(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, in_a_row: int, expected: list[int]
 ) -> None:
     write_tar(tmp_path / "00000.tar", [member for number in range(3) for member in sample_members(number)])
     sizes: list[int] = []
@@ -72,8 +73,9 @@ def test_batches_are_full_but_for_the_last_also_where_views_straddle_them(
         return encode(self, images_NHWC)
 
     monkeypatch.setattr(Tokenizer, "encode", watched)
+    monkeypatch.setattr("pipeline.worker.IMAGES_IN_A_ROW", in_a_row)
     run(config_of(tmp_path, weights, views={"kind": "ten_crop"}))
-    assert sizes == [4, 4, 4, 4, 4, 4, 4, 2]
+    assert sizes == expected  # encode takes them in batches of 4
 
 
 def test_metadata_tells_where_a_sample_comes_from(tmp_path: Path, weights: Path) -> None:
