@@ -48,7 +48,7 @@ def test_entropies_and_gradients_are_those_of_float64(codebook_size: int, dtype:
     (wanted_grad,) = torch.autograd.grad((wanted * row_weights).sum(), leaf)
     torch.testing.assert_close(entropies.double(), wanted.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5 if dtype == torch.float32 else 2.0**-8, atol=1e-7)
-    firsts = [next(code for code, value in enumerate(row) if value == max(row)) for row in logits.tolist()]
+    firsts = [row.index(max(row)) for row in logits.tolist()]
     assert hits.tolist() == [first == target for first, target in zip(firsts, targets.tolist(), strict=True)]
 
 
