@@ -33,7 +33,7 @@ test: $(OPS)  ## unit, parity, integration and short fault tests (minutes)
 test-slow: $(OPS)  ## kills, damage, ZeRO stages: with `make test` below 40 minutes
 	$(PYTEST) -m "slow and not soak"
 
-test-soak: $(OPS)  ## the longest ones: kill storms on S3, kills at the other stages and dtypes
+test-soak: $(OPS)  ## the longest ones: kill storms on S3, kills of the demo and at the other stages and dtypes
 	$(PYTEST) -m soak
 
 test-all: test test-slow test-soak  ## all of them

@@ -332,7 +332,9 @@ def _set_up_logging(*, debug: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler], force=True)
-    for name in ("ray", "deepspeed", "DeepSpeed", "matplotlib", "PIL", "asyncio", "fsspec", "filelock"):
+    # botocore's debug lines hold the headers of requests, a session token among them.
+    s3 = ("botocore", "aiobotocore", "s3fs", "aiohttp", "urllib3")
+    for name in ("ray", "deepspeed", "DeepSpeed", "matplotlib", "PIL", "asyncio", "fsspec", "filelock", *s3):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -155,8 +155,13 @@ def _lock(file: IO[str], kind: int) -> bool:
     """Whether a lock was to be had at once; kept until the file is closed."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        raise ArtifactError(
+            f"lock {file.name}: its file system must have flock, got {error.strerror}; mount it with flock (Lustre: "
+            "-o flock), or use another directory"
+        ) from error
     return True
 
 

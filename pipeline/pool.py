@@ -2,8 +2,9 @@
 
 The invariant: a unit is in one place, waiting, in hand, done or poison, and only a worker that runs holds one; so a
 cluster that is too small slows a job and cannot hang it. A dead worker is replaced and its units tried again, up to
-`max_attempts` each; a lost node is nobody's fault and costs no attempt. Damaged input is not tried again. This process
-holds O(units) and looks at each worker about twice a second.
+`max_attempts` each; a lost node is nobody's fault and costs no attempt. Damaged input is not tried again; while the
+storage fails one unit after the other the pool waits longer and longer, and in the end stops with nothing set aside.
+This process holds O(units) and looks at each worker about twice a second.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.config import TokenizeConfig
 from pipeline.sources.plan import KeyFormat, WorkUnit
-from pipeline.storage import ArtifactError, StorageFullError
+from pipeline.storage import ArtifactError, StorageFullError, StorageUnavailableError
 from pipeline.worker import Finished, UnitTokenizer
 
 POLL_INTERVAL_S = 0.5
@@ -29,6 +31,8 @@ START_WARNING_INTERVAL_S = 60.0
 UNITS_PER_WORKER = 2
 """One that encodes, and one that is committed or read ahead."""
 NODE_LOST_SIGN = "its node has died"
+OUTAGE_WAIT_S, MAX_OUTAGE_WAIT_S = 5.0, 120.0
+"""Pause after the second unit in a row that its storage failed, and the longest; it doubles with each."""
 MAX_LOSSES = 10
 """Lost nodes that a unit may have been on before it is suspect itself."""
 
@@ -97,7 +101,8 @@ class WorkerPool:
         self._problems: defaultdict[int, list[str]] = defaultdict(list)
         self._deaths_with: Counter[int] = Counter()
         self._losses_with: Counter[int] = Counter()
-        self._deaths_in_a_row = 0
+        self._deaths_in_a_row = self._outages_in_a_row = self._num_killers = 0
+        self._paused_until_s = 0.0
         self._last_problem = ""
         self._warned_s = time.monotonic()
 
@@ -107,7 +112,8 @@ class WorkerPool:
         Closing the iterator ends the workers; what they have not committed is lost.
 
         Raises:
-            ArtifactError: workers only die or do not start, or the disk is full; no unit is to blame.
+            ArtifactError: workers only die or do not start, the disk is full, or the storage fails every unit; no unit
+                is to blame.
         """
         self._waiting.extend(units)
         for _ in range(min(self._config.cluster.num_workers, len(self._waiting))):
@@ -115,8 +121,7 @@ class WorkerPool:
         try:
             while self._waiting or self._running:
                 self._assign()
-                ready, _ = ray.wait([*self._running, *self._starting], timeout=POLL_INTERVAL_S)
-                for reference in ready:
+                for reference in self._wait():
                     yield from self._collect(reference)
                 yield self._state()
                 self._warn_if_none_starts()
@@ -125,8 +130,20 @@ class WorkerPool:
             for worker in [*self._units_of, *self._starting.values()]:
                 ray.kill(worker)
 
+    def _wait(self) -> list[Any]:
+        """Return what has come to its end, after a while at most."""
+        references = [*self._running, *self._starting]
+        if not references:  # a pause
+            time.sleep(POLL_INTERVAL_S)
+            return []
+        ready, _ = ray.wait(references, timeout=POLL_INTERVAL_S)
+        return list(ready)
+
     def _start_worker(self) -> None:
-        worker = self._actor_class.remote(self._config, keys=self._keys, fingerprint_digest=self._digest)
+        # Paths of the spec are relative to this process's directory, which a node that was joined does not start in.
+        worker = self._actor_class.remote(
+            self._config, keys=self._keys, fingerprint_digest=self._digest, directory=str(Path.cwd())
+        )
         self._starting[worker.num_read.remote()] = worker
 
     def _assign(self) -> None:
@@ -134,6 +151,8 @@ class WorkerPool:
 
         A unit that was in the hands of a worker when it died is suspect and gets a worker for itself.
         """
+        if time.monotonic() < self._paused_until_s:
+            return
         for num_held in range(UNITS_PER_WORKER):
             for worker, held in self._units_of.items():
                 if len(held) != num_held or not self._waiting:
@@ -165,6 +184,9 @@ class WorkerPool:
             cause = getattr(error, "cause", error)
             if isinstance(cause, StorageFullError):
                 raise cause from error  # every other unit would be encoded in vain
+            if isinstance(cause, StorageUnavailableError):
+                yield from self._retry_later(unit, cause)
+                return
             yield from self._retry(unit, f"{type(cause).__name__}: {cause}", is_final=isinstance(cause, ArtifactError))
         except RayError as error:  # the worker is gone: killed, out of memory, or its machine lost
             self._last_problem = problem = f"its worker died: {_last_line(error)}"
@@ -175,10 +197,15 @@ class WorkerPool:
                 self._waiting.append(unit)
                 return
             self._deaths_with[unit.unit_index] += 1
-            # Of two units in a dead worker either may be to blame: none is given up before it was alone in one.
-            yield from self._retry(unit, problem, is_innocent=not was_alone)
+            # Of two units in a dead worker either may be to blame: none is given up before it was alone in one. The
+            # next to try it again, so that a verdict comes before other suspects add to the deaths in a row.
+            for poison in self._retry(unit, problem, is_innocent=not was_alone, is_next=True):
+                self._num_killers += 1
+                if self._num_killers <= self._config.max_poison_units:
+                    self._deaths_in_a_row = 0  # the unit's, not the workers'
+                yield poison
         else:
-            self._deaths_in_a_row = 0
+            self._deaths_in_a_row = self._outages_in_a_row = 0
             self._deaths_with.pop(unit.unit_index, None)
             assert isinstance(result, Finished)
             yield result
@@ -210,8 +237,27 @@ class WorkerPool:
         if self._deaths_in_a_row < self._config.max_attempts * max(2, self._config.cluster.num_workers):
             self._start_worker()
 
+    def _retry_later(self, unit: WorkUnit, cause: StorageUnavailableError) -> Iterator[Poison]:
+        """Try a unit again that its storage failed; raise the error where it fails one unit after the other."""
+        self._outages_in_a_row += 1
+        is_alone = not (self._waiting or self._running)
+        if self._outages_in_a_row > 1 and not is_alone:
+            if self._outages_in_a_row >= self._config.max_attempts * max(2, self._config.cluster.num_workers):
+                raise cause
+            wait_s = min(MAX_OUTAGE_WAIT_S, OUTAGE_WAIT_S * 2.0 ** (self._outages_in_a_row - 2))
+            logger.warning("tokenize %s: the storage fails; no new unit for %.0f s", self._config.run_dir, wait_s)
+            self._paused_until_s = time.monotonic() + wait_s
+        is_innocent = self._outages_in_a_row > 1 and not is_alone
+        yield from self._retry(unit, f"{type(cause).__name__}: {cause}", is_innocent=is_innocent)
+
     def _retry(
-        self, unit: WorkUnit, problem: str, *, is_final: bool = False, is_innocent: bool = False
+        self,
+        unit: WorkUnit,
+        problem: str,
+        *,
+        is_final: bool = False,
+        is_innocent: bool = False,
+        is_next: bool = False,
     ) -> Iterator[Poison]:
         problems, limit = self._problems[unit.unit_index], self._config.max_attempts
         problems.append(problem)
@@ -220,6 +266,8 @@ class WorkerPool:
         )
         if is_final or (len(problems) >= limit and not is_innocent):
             yield Poison(unit=unit, problems=tuple(problems))
+        elif is_next:
+            self._waiting.appendleft(unit)
         else:
             self._waiting.append(unit)
 

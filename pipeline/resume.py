@@ -101,7 +101,7 @@ def find_finished(
     """
     files = storage.list("shards/")
     files.update(storage.list("rejects/"))
-    tally, doubtful = Tally(), list[LedgerRecord]()
+    tally, doubtful, broken = Tally(), list[LedgerRecord](), list[tuple[LedgerRecord, str]]()
     inputs_when_retried: dict[str, set[str]] = {}
     for stem, record in ledger.records():
         reason = str(record) if isinstance(record, ArtifactError) else None
@@ -116,8 +116,20 @@ def find_finished(
                 continue
             if reason is None:
                 doubtful.append(record)
-                continue
+            else:
+                broken.append((record, reason))
+            continue
         _redo(ledger, stem, plan=plan, reason=str(reason))
+    for record, reason in broken:
+        unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
+        if stem in inputs_when_retried and _input_reason(unit, record, source=source) is not None:
+            # Done again it would hold the mended samples, which the unit that retried them has written.
+            raise ArtifactError(
+                f"tokenize {storage}: {reason} in unit {record.unit_index} ({unit.name}), whose input was mended for "
+                "its rejects to be retried; put the file back from a copy, or use another run_dir"
+            )
+    for record, reason in broken:
+        _redo(ledger, plan.keys.stem(record.unit_index), plan=plan, reason=reason)
     to_retry = _inputs_to_retry(plan, tally=tally)
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)

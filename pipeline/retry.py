@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
@@ -37,6 +37,8 @@ class PlannedRetry(Config):
     """Number of the appended unit."""
     keys: list[str]
     """Keys of the rejects to try again, in the order of the input."""
+    sources: list[str] | None = None
+    """The input's own name of each, by which it is found where it has moved; sets of before have none."""
     rejected_by_reason: dict[str, int]
     """Why they were rejected, by `stage/reason`."""
     max_image_pixels: PositiveInt
@@ -49,11 +51,18 @@ class RetryDetails:
 
     Attributes:
         planned: the keys, and why they were rejected.
-        picks: for each work unit of the source, in order, the positions to read, ascending.
+        picks: for each work unit of the source, in order, what to read of it, positions ascending.
     """
 
     planned: PlannedRetry
-    picks: tuple[tuple[WorkUnit, tuple[int, ...]], ...]
+    picks: tuple[tuple[WorkUnit, tuple[Pick, ...]], ...]
+
+
+class Pick(NamedTuple):
+    """One reject in its input: where it was, and what the input called it (None: not known)."""
+
+    position: int
+    source: str | None
 
 
 class RetrySource:
@@ -72,22 +81,35 @@ class RetrySource:
             yield from self._source.read(unit)
             return
         position = 0
-        for input_unit, positions in unit.details.picks:
-            for sample in self._pick(input_unit, positions):
+        for input_unit, picks in unit.details.picks:
+            for sample in self._pick(input_unit, picks):
                 yield replace(sample, position=position)
                 position += 1
 
-    def _pick(self, unit: WorkUnit, positions: Sequence[int]) -> Iterator[InputSample]:
-        wanted = list(reversed(positions))
+    def _pick(self, unit: WorkUnit, picks: Sequence[Pick]) -> Iterator[InputSample]:
+        """Yield a sample for each pick, in order: the one of its name, at its old position if there are several."""
+        next_pick = 0
+        in_place, moved = dict[Pick, InputSample](), dict[str, InputSample]()
+        names = {pick.source for pick in picks}
         for sample in self._source.read(unit):
-            if sample.position == wanted[-1]:
-                wanted.pop()
+            if sample.position == picks[next_pick].position and picks[next_pick].source in (sample.source, None):
                 yield sample
-            if not wanted:
-                return
-        for position in reversed(wanted):
-            problem = Problem(stage="read", reason="gone", detail=f"{unit.name} has no sample {position} any more")
-            yield InputSample(position=position, source=f"{unit.name}#{position}", extra={}, problem=problem)
+                next_pick += 1
+                if next_pick == len(picks):
+                    return
+            elif sample.source in names:  # behind one that has moved: kept until all of the unit is read
+                in_place[Pick(sample.position, sample.source)] = sample
+                moved.setdefault(sample.source, sample)
+        for position, source in picks[next_pick:]:
+            found = None
+            if source is not None:
+                found = in_place.get(Pick(position, source), moved.get(source))
+            if found is None:
+                name = f"{unit.name}#{position}" if source is None else source
+                detail = f"{unit.name} has no sample {position if source is None else source} any more"
+                problem = Problem(stage="read", reason="gone", detail=detail)
+                found = InputSample(position=position, source=name, extra={}, problem=problem)
+            yield found
 
 
 def with_retries(storage: Storage, plan: Plan) -> Plan:
@@ -96,7 +118,8 @@ def with_retries(storage: Storage, plan: Plan) -> Plan:
     Raises:
         ArtifactError: a file in `retries/` is damaged or missing.
     """
-    planned = [_read_planned(storage, name) for name in storage.list(_FOLDER)]
+    names = sorted(storage.list(_FOLDER), key=lambda name: int(stem_of(name)))
+    planned = [_read_planned(storage, name) for name in names]
     for unit_index, one in enumerate(planned, start=len(plan.units)):
         if one.unit_index != unit_index:
             raise ArtifactError(
@@ -151,6 +174,7 @@ def _write_planned(
     planned = PlannedRetry(
         unit_index=unit_index,
         keys=[reject.key for reject in rejects],
+        sources=[reject.source for reject in rejects],
         rejected_by_reason=dict(sorted(reasons.items())),
         max_image_pixels=max_image_pixels,
     )
@@ -165,11 +189,12 @@ def _read_planned(storage: Storage, name: str) -> PlannedRetry:
 
 
 def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:
-    positions_of: dict[int, list[int]] = {}
-    for key in planned.keys:
+    picks_of: dict[int, list[Pick]] = {}
+    sources: Sequence[str | None] = planned.sources or [None] * len(planned.keys)
+    for key, source in zip(planned.keys, sources, strict=True):
         unit_index, position = _locate(key, plan=plan)
-        positions_of.setdefault(unit_index, []).append(position)
-    picks = tuple((plan.units[unit_index], tuple(positions)) for unit_index, positions in positions_of.items())
+        picks_of.setdefault(unit_index, []).append(Pick(position, source))
+    picks = tuple((plan.units[unit_index], tuple(picks)) for unit_index, picks in picks_of.items())
     return WorkUnit(
         unit_index=planned.unit_index,
         name=f"{len(planned.keys)} rejects",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import time
 from types import TracebackType
 from typing import Literal
@@ -21,9 +22,11 @@ from pipeline.ledger import MANIFEST_NAME, LedgerRecord, PoisonRecord, read_pois
 from pipeline.pool import PoolState
 from pipeline.rejects import Counts
 from pipeline.resume import PLAN_NAME
-from pipeline.storage import ArtifactError, Storage
+from pipeline.storage import ArtifactError, Storage, StorageUnavailableError
 from pipeline.tally import Tally
 from tokenization.config import Config
+
+logger = logging.getLogger(__name__)
 
 STATUS_NAME = "status.json"
 WRITE_INTERVAL_S = 5.0
@@ -68,7 +71,10 @@ class StatusFile:
         self._last = (state, samples_per_s, eta_s)
         if time.monotonic() - self._written_s >= WRITE_INTERVAL_S:
             self._written_s = time.monotonic()
-            self._write("running")
+            try:
+                self._write("running")
+            except StorageUnavailableError as error:  # news only; units have attempts of their own
+                logger.warning("%s", error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -34,6 +34,10 @@ class StorageFullError(ArtifactError):
     """There is no room for another file; nothing else that a job could try will help."""
 
 
+class StorageUnavailableError(ArtifactError):
+    """The storage does not answer, or lets nobody in; what is asked for may be whole, and trying later may help."""
+
+
 class FileInfo(NamedTuple):
     """What a listing says of a file.
 

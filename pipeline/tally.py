@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pipeline.ledger import LedgerRecord
+from pipeline.ledger import LedgerRecord, Retried
 from pipeline.rejects import Counts
 from pipeline.shards import ShardInfo
 
@@ -25,6 +25,7 @@ class Tally:
         self._num_read = self._num_written = 0
         self._dropped: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+        self._retried: list[Retried] = []
 
     def __contains__(self, unit_index: int) -> bool:
         return unit_index in self._unit_indices
@@ -49,18 +50,23 @@ class Tally:
             self._dropped.update(counts.dropped_by_reason)
             self._rejected.update(counts.rejected_by_reason)
         if record.retried is not None:
-            self._num_read -= len(record.retried.keys)
-            self._rejected.subtract(record.retried.rejected_by_reason)
+            self._retried.append(record.retried)
 
     def totals(self) -> Counts:
         """Return where all samples went; reasons are sorted."""
+        num_read, rejected = self._num_read, self._rejected.copy()
+        for retried in self._retried:
+            # A unit that is done again has not rejected them yet.
+            if all(int(stem) in self._unit_indices for stem in retried.inputs):
+                num_read -= len(retried.keys)
+                rejected.subtract(retried.rejected_by_reason)
         return Counts(
-            num_read=self._num_read,
+            num_read=num_read,
             num_written=self._num_written,
             num_dropped=self._dropped.total(),
-            num_rejected=self._rejected.total(),
+            num_rejected=rejected.total(),
             dropped_by_reason=dict(sorted((+self._dropped).items())),
-            rejected_by_reason=dict(sorted((+self._rejected).items())),
+            rejected_by_reason=dict(sorted((+rejected).items())),
         )
 
     def shards_in_order(self) -> list[ShardInfo]:

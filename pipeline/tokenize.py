@@ -7,6 +7,7 @@ moment and a rerun ends in the same bytes. A unit that keeps failing is set asid
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import closing
 
 from pipeline.cluster import ray_session
@@ -14,9 +15,11 @@ from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import (
     MANIFEST_NAME,
+    LedgerRecord,
     Manifest,
     PoisonRecord,
     poison_name,
+    record_name,
     stem_of,
     write_manifest,
     write_poison,
@@ -38,6 +41,8 @@ from tokenization.tokenizer import Tokenizer
 MIN_SAMPLES_TO_JUDGE = 10_000
 """Samples read before the share of rejects may end a running job."""
 MAX_NAMED_UNITS = 3
+MAX_INVISIBLE_S, VISIBLE_POLL_S = 60.0, 1.0
+"""How long a network file system may hide what another machine has written, and how often it is looked for."""
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +144,7 @@ class _Job:
             for event in events:
                 if isinstance(event, Finished):
                     stem = plan.keys.stem(event.record.unit_index)
+                    self._check_is_here(stem, event.record)
                     if stem in known_poison:
                         storage.remove(poison_name(stem))
                     ledger.note(stem, event.record, mark=event.record_mark)
@@ -155,6 +161,18 @@ class _Job:
             ledger.gather()
         storage.remove_staged()  # of workers that were killed
         return poison
+
+    def _check_is_here(self, stem: str, record: LedgerRecord) -> None:
+        """Raise ArtifactError where a worker has written into another directory than this process sees."""
+        deadline_s = time.monotonic() + MAX_INVISIBLE_S
+        while self._storage.find(record_name(stem)) is None:
+            if time.monotonic() > deadline_s:
+                raise ArtifactError(
+                    f"tokenize {self._storage}: what workers write must be seen by the job, got nothing of unit "
+                    f"{record.unit_index} ({record.unit}); set run_dir to a directory that every machine mounts, or to "
+                    "an s3:// URL"
+                )
+            time.sleep(VISIBLE_POLL_S)
 
     def _set_aside(self, poison: Poison, *, plan: Plan) -> None:
         unit = poison.unit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -77,17 +79,22 @@ class _Unit:
 class UnitTokenizer:
     """Tokenizes work units with one loaded tokenizer; `run` may be called from two threads."""
 
-    def __init__(self, config: TokenizeConfig, *, keys: KeyFormat, fingerprint_digest: str) -> None:
+    def __init__(
+        self, config: TokenizeConfig, *, keys: KeyFormat, fingerprint_digest: str, directory: str | None = None
+    ) -> None:
         """Load the tokenizer.
 
         Args:
             config: the job.
             keys: the widths that the plan chose.
             fingerprint_digest: of the tokenizer that the job was started with.
+            directory: what the spec's relative paths start from, where this machine has it; None leaves it.
 
         Raises:
             ArtifactError: the weights that this process sees are others.
         """
+        if directory is not None and Path(directory).is_dir():
+            os.chdir(directory)
         self._config, self._keys = config, keys
         num_threads = max(1, int(config.cluster.cpus_per_worker))
         self._storage = open_storage(config.run_dir, s3=config.s3)

@@ -16,7 +16,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -38,7 +38,7 @@ from botocore.exceptions import ConnectionError as EndpointError
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from pipeline.config import S3Config
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageUnavailableError
 
 logger = logging.getLogger(__name__)
 Answer = dict[str, Any]
@@ -83,6 +83,9 @@ class S3RefusedError(ArtifactError):
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(S3RefusedError, code=self.code), (str(self),)  # it crosses from a worker to its job
 
 
 class BrokenBodyError(OSError):
@@ -212,22 +215,22 @@ class Attempts:
             case "bucket" | "missing":
                 return ArtifactError(f"{self.doing}: bucket {bucket} must exist, got {got}; make it or correct the URL")
             case "denied":
-                return ArtifactError(
+                return StorageUnavailableError(
                     f"{self.doing}: the credentials must allow it, got {got}; check the AWS access key and secret "
                     "(environment, profile or role) and the bucket's policy"
                 )
             case "credentials":
-                return ArtifactError(
+                return StorageUnavailableError(
                     f"{self.doing}: credentials must be in the standard chain, got {got}; set AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role"
                 )
             case "unreachable":
-                return ArtifactError(
+                return StorageUnavailableError(
                     f"{self.doing}: {self.endpoint} must answer, got {got} in {self.num_failed} attempts; "
                     "check s3.endpoint_url and the network"
                 )
             case "retry":
-                return ArtifactError(
+                return StorageUnavailableError(
                     f"{self.doing}: must succeed within s3.max_attempts = {self.max_attempts} attempts, got {got} from "
                     f"{self.endpoint}; run again later or raise s3.max_attempts"
                 )

@@ -29,7 +29,7 @@ CHANGES = (
 
 WAIT_S = 450
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 
 def write_corpus(root: Path) -> None:

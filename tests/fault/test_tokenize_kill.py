@@ -113,6 +113,17 @@ def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corp
 
 
 @pytest.mark.slow
+def test_units_that_kill_their_worker_are_left_out_as_many_as_may_be(corpus: Path, tmp_path: Path) -> None:
+    # Two attempts each, six deaths in a row: more than may be where workers only die.
+    fields = {"max_attempts": 2, "max_poison_units": 3, "cluster": {"num_workers": 1}}
+    config = ten_crop_job(corpus, tmp_path / "set", **fields)
+    finish(start(config, tmp_path, PYTHONPATH=str(POISON_SITE), POISON="00001 00003 00004"), tmp_path)
+    storage = open_storage(str(tmp_path / "set"))
+    assert read_manifest(storage).poison_units == [1, 3, 4]
+    assert verify_shard_set(storage) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "kills"),
     [

@@ -99,7 +99,7 @@ def has_taken(run_dir: Path, step: int, *, pause_s: float) -> Callable[[], bool]
 @pytest.mark.parametrize(
     ("zero_stage", "dtype"),
     [
-        (2, "bfloat16"),
+        pytest.param(2, "bfloat16", marks=pytest.mark.soak),
         (3, "float32"),
         pytest.param(1, "bfloat16", marks=pytest.mark.soak),
         pytest.param(1, "float32", marks=pytest.mark.soak),

@@ -86,6 +86,31 @@ def test_mended_samples_are_written_by_a_retry_and_the_ledger_balances(root: Pat
     assert [reject.source for reject in read_rejects(storage, "rejects/00003.parquet")] == ["bear/5.png", "car/0.png"]
 
 
+def test_a_shard_lost_after_its_rejects_were_mended_and_retried_is_not_made_anew(root: Path) -> None:
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    kept = root / "kept.tar"
+    (root / "set" / "shards" / "00000.tar").rename(kept)
+    refused = CliRunner().invoke(main, ["run", str(root / "spec.yaml")])
+    assert refused.exit_code == 1
+    assert "00000.tar" in refused.output
+    assert "whose input was mended for its rejects to be retried; put the file back" in refused.output
+    kept.rename(root / "set" / "shards" / "00000.tar")
+    run(root, "run")
+    assert verify_shard_set(open_storage(str(root / "set"))) == []
+
+
+def test_a_shard_lost_after_a_retry_of_unchanged_input_is_made_anew(root: Path) -> None:
+    run(root, "retry-rejects")
+    before = files_of(root / "set")
+    (root / "set" / "shards" / "00000.tar").unlink()
+    (root / "set" / "shards" / "00001.tar").unlink()
+    run(root, "run")
+    assert {name: data for name, data in files_of(root / "set").items() if not name.startswith("ledger/")} == {
+        name: data for name, data in before.items() if not name.startswith("ledger/")
+    }
+
+
 def test_a_rerun_after_a_retry_has_nothing_to_do(root: Path) -> None:
     (root / "tree" / "apple" / "2.png").write_bytes(png(2))
     run(root, "retry-rejects")

@@ -1,10 +1,13 @@
 """`tensorar export` and `tensorar retry-rejects` from S3 to S3: the bytes of the local run."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from s3_server import S3Server
 from synthetic_shards import write_shard_set
 from toy_corpus import png, tokenize_config, tokenize_here, write_folder, write_tiny_tokenizer
 
@@ -80,3 +83,12 @@ def test_rejects_retried_on_s3_end_in_the_bytes_of_a_local_retry(tmp_path: Path,
         sets[place] = contents_of(storage, "shards/", "rejects/", "manifest.json", "shardindex.json")
     assert "shards/00002.tar" in sets[s3_url]  # two units of the folder, and the appended one
     assert sets[s3_url] == sets[str(tmp_path)]
+
+
+def test_debug_lines_hold_no_secret(s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-nobody-may-see")
+    words = ["-m", "jobs.cli", "--debug", "status", f"{s3_url}/set"]
+    told = subprocess.run([sys.executable, *words], capture_output=True, text=True).stderr
+    assert "s3://" in told
+    for secret in ("a-token-nobody-may-see", s3_server.variables["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in told

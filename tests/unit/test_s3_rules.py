@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import pickle
 import socket
 from datetime import UTC, datetime
 
@@ -20,7 +21,7 @@ from botocore.exceptions import (
 
 from pipeline.s3 import requests
 from pipeline.s3.lock import LockHolder, is_stale, parse_holder, this_process
-from pipeline.s3.requests import Attempts, backoff_s, classify, parse_time
+from pipeline.s3.requests import Attempts, S3RefusedError, backoff_s, classify, parse_time
 from pipeline.s3.upload import md5_of, part_bytes_for
 from pipeline.storage import ArtifactError
 
@@ -31,6 +32,11 @@ def refusal(status: int, code: str) -> OSError:
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     error.__cause__ = ClientError(answer, "GetObject")
     return error
+
+
+def test_a_refusal_crosses_from_a_worker_to_its_job_whole() -> None:
+    error = pickle.loads(pickle.dumps(S3RefusedError("write s3://b/a: no", code="KMS.DisabledException")))
+    assert (type(error), str(error), error.code) == (S3RefusedError, "write s3://b/a: no", "KMS.DisabledException")
 
 
 @pytest.mark.parametrize(

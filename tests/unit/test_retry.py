@@ -1,0 +1,114 @@
+"""Rejects found again by their own name where an input was made anew, and the sums of a set that is being mended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from toy_corpus import png, sample_members, write_tar
+
+from pipeline.config import S3Config, WebDatasetConfig
+from pipeline.ledger import LedgerRecord, Retried
+from pipeline.rejects import Counts
+from pipeline.retry import Pick, PlannedRetry, RetryDetails, RetrySource, with_retries
+from pipeline.sources.plan import KeyFormat, Plan, WorkUnit
+from pipeline.sources.registry import make_source
+from pipeline.sources.sample import InputSample
+from pipeline.storage import open_storage
+from pipeline.tally import Tally
+
+
+def retried(tar: Path, *picks: Pick) -> list[tuple[int, str, bytes, str | None]]:
+    """Position, name, bytes and problem of what an appended unit reads of a tar."""
+    source = make_source(WebDatasetConfig(kind="webdataset", urls=(str(tar),)), s3=S3Config())
+    planned = PlannedRetry(unit_index=1, keys=["0"] * len(picks), rejected_by_reason={}, max_image_pixels=1000)
+    details = RetryDetails(planned=planned, picks=((source.plan().units[0], picks),))
+    unit = WorkUnit(unit_index=1, name="rejects", fingerprint="", mark="", details=details)
+    return [
+        (sample.position, sample.source, sample.data, None if sample.problem is None else sample.problem.reason)
+        for sample in RetrySource(source).read(unit)
+    ]
+
+
+def tar_of(path: Path, *numbers: int) -> Path:
+    return write_tar(path / "a.tar", [member for number in numbers for member in sample_members(number)])
+
+
+def test_rejects_of_an_unchanged_input_are_read_at_their_places(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path, 0, 1, 2, 3)
+    expected = [(0, "s0001", png(1), None), (1, "s0003", png(3), None)]
+    assert retried(tar, Pick(1, "s0001"), Pick(3, "s0003")) == expected
+    assert retried(tar, Pick(1, None), Pick(3, None)) == expected  # planned before names were kept
+
+
+def test_rejects_that_have_moved_are_found_by_name_and_none_in_their_place(tmp_path: Path) -> None:
+    tar = tar_of(tmp_path, 9, 3, 0, 1, 2)  # a sample more, and one that came later is early
+    found = retried(tar, Pick(1, "s0001"), Pick(3, "s0003"), Pick(4, "s0004"))
+    assert found == [(0, "s0001", png(1), None), (1, "s0003", png(3), None), (2, "s0004", b"", "gone")]
+
+
+def test_of_several_of_one_name_the_one_in_its_place_is_taken(tmp_path: Path) -> None:
+    class Twice:
+        """A source whose names repeat, as those of tables may."""
+
+        def __init__(self) -> None:
+            self.plain = make_source(WebDatasetConfig(kind="webdataset", urls=(str(tar),)), s3=S3Config())
+
+        def plan(self) -> Plan:
+            return self.plain.plan()
+
+        def read(self, unit: WorkUnit) -> Iterator[InputSample]:
+            return (replace(sample, source="same") for sample in self.plain.read(unit))
+
+    tar = tar_of(tmp_path, 0, 1, 2, 3)
+    source = Twice()
+    planned = PlannedRetry(unit_index=1, keys=["0", "1", "2"], rejected_by_reason={}, max_image_pixels=1000)
+    picks = (Pick(0, "gone"), Pick(1, "same"), Pick(3, "same"))
+    details = RetryDetails(planned=planned, picks=((source.plan().units[0], picks),))
+    unit = WorkUnit(unit_index=1, name="rejects", fingerprint="", mark="", details=details)
+    assert [sample.data for sample in RetrySource(source).read(unit)] == [b"", png(1), png(3)]
+
+
+def test_appended_units_go_on_where_their_numbers_get_a_digit_more(tmp_path: Path) -> None:
+    units = tuple(
+        WorkUnit(unit_index=index, name=f"{index}", fingerprint="", mark="", details=None) for index in range(99)
+    )
+    keys = KeyFormat(unit_digits=2, position_digits=1)
+    storage = open_storage(str(tmp_path))
+    for index in (99, 100, 101):
+        planned = PlannedRetry(unit_index=index, keys=["000"], rejected_by_reason={}, max_image_pixels=1)
+        storage.write_json(f"retries/{keys.stem(index)}.json", planned.model_dump(mode="json"))
+    plan = with_retries(storage, Plan(units=units, keys=keys, class_names=None))
+    assert [unit.unit_index for unit in plan.units[99:]] == [99, 100, 101]
+
+
+def record(unit_index: int, counts: Counts, *, retried: Retried | None = None) -> LedgerRecord:
+    return LedgerRecord(
+        unit_index=unit_index,
+        unit="",
+        unit_fingerprint="",
+        input_mark="",
+        input_sha256="",
+        fingerprint_digest="",
+        counts=counts,
+        shard=None,
+        shard_mark="",
+        seconds_of_stage={},
+        retried=retried,
+    )
+
+
+def test_a_set_whose_retried_unit_is_done_again_adds_up_before_and_after() -> None:
+    torn = {"decode/truncated": 1}
+    first = Counts(
+        num_read=10, num_written=9, num_dropped=0, num_rejected=1, dropped_by_reason={}, rejected_by_reason=torn
+    )
+    second = Counts(
+        num_read=1, num_written=1, num_dropped=0, num_rejected=0, dropped_by_reason={}, rejected_by_reason={}
+    )
+    tally = Tally()
+    tally.add(record(1, second, retried=Retried(keys=["00"], rejected_by_reason=torn, inputs={"0": ""})))
+    assert (tally.totals().num_read, tally.totals().num_written, tally.totals().num_rejected) == (1, 1, 0)
+    tally.add(record(0, first))
+    assert (tally.totals().num_read, tally.totals().num_written, tally.totals().num_rejected) == (10, 10, 0)
