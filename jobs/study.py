@@ -67,8 +67,8 @@ def run_study(
     chosen = study.selected(selections)
     storage = _storage(study)
     waiting = list(chosen)
-    worker = _Worker(study, storage, fail_fast=fail_fast, progress=progress)
-    with _sigterm_put_back(study):
+    with _stop_on_sigterm(study) as stop:
+        worker = _Worker(study, storage, stop=stop, fail_fast=fail_fast, progress=progress)
         publish(study, storage, with_report=False)
         while waiting:
             held = [run for run in waiting if not worker.take(run)]
@@ -107,13 +107,16 @@ def _storage(study: Study) -> Storage:
 class _Worker:
     """One process at work on a study."""
 
-    def __init__(self, study: Study, storage: Storage, *, fail_fast: bool, progress: bool) -> None:
-        self._study, self._storage = study, storage
+    def __init__(
+        self, study: Study, storage: Storage, *, stop: _StopOnSigterm, fail_fast: bool, progress: bool
+    ) -> None:
+        self._study, self._storage, self._stop = study, storage, stop
         self._fail_fast, self._progress = fail_fast, progress
         self._began = datetime.datetime.now(datetime.UTC)
 
     def take(self, run: StudyRun) -> bool:
         """Do what is left of a run and say what has become of it; False where another process holds it."""
+        self._stop.check()
         claim = claim_of(self._storage, run.name, s3=self._study.s3)
         try:
             with claim.exclusive():
@@ -147,7 +150,7 @@ class _Worker:
             write_outcome(claim, state=state, seconds_s=seconds, error=error)
             publish(self._study, self._storage)
 
-        listen_to_sigterm()  # Ray may have caught it for itself in the run before
+        self._stop.listen()  # Ray may have caught it for itself in the run before
         try:
             if is_done and run.spec.kind == "train":
                 remember_spec(run.spec)  # launching would hash its whole checkpoint
@@ -212,24 +215,40 @@ def _locked(storage: Storage) -> Iterator[None]:
         yield
 
 
-def listen_to_sigterm() -> None:
-    """Make SIGTERM end what this process does by RunStoppedError; training runs listen to it themselves meanwhile."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
+class _StopOnSigterm:
+    """Makes SIGTERM end what this process does by RunStoppedError; training runs listen to it themselves meanwhile.
 
+    Python drops what is raised in a finalizer or a weak reference's callback, and a signal may come in one: that it
+    came is remembered, and `check` raises it again.
+    """
 
-def _stop(number: int, _: FrameType | None) -> None:
-    raise RunStoppedError(f"{signal.Signals(number).name}: stopped; run it again to go on")
+    def __init__(self) -> None:
+        self._has_come = False
+
+    def listen(self) -> None:
+        """Catch the signal from here on; again after whatever else catches it."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def check(self) -> None:
+        """Raise RunStoppedError if the signal has come."""
+        if self._has_come:
+            raise RunStoppedError("SIGTERM: stopped; run it again to go on")
+
+    def _on_signal(self, _number: int, _: FrameType | None) -> None:
+        self._has_come = True
+        self.check()
 
 
 @contextmanager
-def _sigterm_put_back(study: Study) -> Iterator[None]:
+def _stop_on_sigterm(study: Study) -> Iterator[_StopOnSigterm]:
     """Listen to SIGTERM and name the study that it stops; the handler of before is put back."""
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if is_main else None
-    listen_to_sigterm()
+    stop = _StopOnSigterm()
+    stop.listen()
     try:
-        yield
+        yield stop
     except RunStoppedError as stopped:
         raise RunStoppedError(f"study {study.run_dir}: {stopped}") from stopped
     finally:

@@ -200,6 +200,25 @@ def test_sigterm_stops_the_study_and_the_handler_of_before_is_put_back(spec: Pat
     assert states(run_study(study_of(spec))) == ["done"] * 4
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_in_a_finalizer_which_drops_it_stops_the_study_before_the_next_run(
+    spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run_with_finalizer(job: Any, *, progress: bool) -> None:
+        run_spec(job, progress=progress)
+        Finalized()
+
+    monkeypatch.setattr("jobs.study.run_spec", run_with_finalizer)
+    with pytest.raises(RunStoppedError, match="SIGTERM: stopped; run it again to go on"):
+        run_study(study_of(spec))
+    result = read_study(str(spec.parent / "study"), s3=S3Config())
+    assert states(result) == ["done", "to do", "to do", "to do"]
+
+
 def test_a_run_that_was_run_alone_counts(spec: Path) -> None:
     study = study_of(spec)
     run_spec(study.runs[3].spec)
