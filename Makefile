@@ -21,7 +21,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	touch $(STAMP)
 
-$(OPS): $(STAMP) training/build_ops.py $(wildcard training/csrc/*)
+$(OPS): $(STAMP) tokenization/compiler.py tokenization/build_pixels.py training/build_ops.py $(wildcard tokenization/csrc/* training/csrc/*)
 	$(BIN)/tensorar build-ops || echo "set-up: without native ops a train spec needs engine.ops: reference, and the demo says how"
 
 demo: $(OPS)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
@@ -63,5 +63,5 @@ lock:  ## rewrite requirements.lock from pyproject.toml in a throw-away environm
 	mv requirements.lock.new requirements.lock && rm -rf .lock-venv
 
 clean:  ## remove the environment, caches and build leftovers; data/ and runs/ stay
-	rm -rf $(VENV) .lock-venv build dist *.egg-info $(OPS) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .lock-venv build dist *.egg-info $(OPS) tokenization/_pixels.so .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """From file bytes to views against the plain Pillow expression of the same steps, one core, byte-equal output.
 
 The baseline is what one writes first: `Image.open`, alpha pasted on white, `convert("RGB")`, guided-diffusion's crop,
-`np.asarray`, and Pillow's crops of those for the ten. `pixels_only` is `Image.open(..).load()`, which no decoding by
-`Image.open` can beat. Rounds alternate, medians are given. JSON lines; the last key of each is the ratio.
+`np.asarray`, and Pillow's crops of those for the ten. `ours_by_pillow` is ours where native pixels are not built;
+`pixels_only` is `Image.open(..).load()`, which no decoding by `Image.open` can beat. Rounds alternate, medians are
+given. JSON lines; the last key of each is the ratio of ours to the baseline.
 """
 
 import io
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from tokenization import native
 from tokenization.config import ViewsConfig
 from tokenization.crops import make_views
 from tokenization.decoding import decode_image
@@ -33,9 +35,9 @@ def emoji_files() -> list[bytes]:
     return [path.read_bytes() for path in sorted(EMOJI.glob("*.png"))]
 
 
-def photograph_files() -> list[bytes]:
-    """16 JPEGs of 512 px, smooth colours and noise, about as large as photographs are."""
-    return [encoded(smooth_image(512, 512, seed=seed), "JPEG", quality=90) for seed in range(16)]
+def photograph_files(width: int, height: int) -> list[bytes]:
+    """16 JPEGs, smooth colours and noise, about as large as photographs are."""
+    return [encoded(smooth_image(width, height, seed=seed), "JPEG", quality=90) for seed in range(16)]
 
 
 def plain_crop(image: Image.Image, size_px: int) -> Image.Image:
@@ -75,6 +77,15 @@ def our_views(data: bytes, *, views: ViewsConfig, size_px: int) -> np.ndarray:
     return make_views(decode_image(data, max_pixels=MAX_PIXELS), config=views, image_size_px=size_px).images_VHWC
 
 
+def our_views_by_pillow(data: bytes, *, views: ViewsConfig, size_px: int) -> np.ndarray:
+    """The same as on a machine where native pixels are not built."""
+    native.library, library = (lambda: None), native.library
+    try:
+        return our_views(data, views=views, size_px=size_px)
+    finally:
+        native.library = library
+
+
 def pixels_only(data: bytes, **_: object) -> None:
     """Pillow's reading and decoding, without anything after."""
     Image.open(io.BytesIO(data)).load()
@@ -82,7 +93,13 @@ def pixels_only(data: bytes, **_: object) -> None:
 
 def measure(name: str, files: list[bytes], *, views: ViewsConfig, size_px: int) -> None:
     """Print one line: images/s of each way, and of ours over plain Pillow's."""
-    ways: dict[str, Callable[..., object]] = {"ours": our_views, "plain": plain_views, "pixels_only": pixels_only}
+    assert native.library() is not None, "run `tensorar build-ops` first"
+    ways: dict[str, Callable[..., object]] = {
+        "ours": our_views,
+        "ours_by_pillow": our_views_by_pillow,
+        "plain": plain_views,
+        "pixels_only": pixels_only,
+    }
     options = {"views": views, "size_px": size_px}
     for data in files:
         np.testing.assert_array_equal(our_views(data, **options), plain_views(data, **options))
@@ -100,12 +117,14 @@ def measure(name: str, files: list[bytes], *, views: ViewsConfig, size_px: int) 
 
 
 def main() -> None:
-    """Print a line for each of three cases."""
+    """Print a line for each case; 500 x 375 px is what an image of ImageNet most often has."""
     center, ten = ViewsConfig(kind="center"), ViewsConfig(kind="ten_crop")
-    emoji, photographs = emoji_files(), photograph_files()
+    emoji, photographs, of_imagenet = emoji_files(), photograph_files(512, 512), photograph_files(500, 375)
     measure("64 px RGBA PNG to 64 px", emoji * 4, views=center, size_px=64)
     measure("512 px JPEG to 256 px", photographs, views=center, size_px=256)
     measure("512 px JPEG to ten crops of 256 px", photographs, views=ten, size_px=256)
+    measure("500 x 375 px JPEG to 256 px", of_imagenet, views=center, size_px=256)
+    measure("500 x 375 px JPEG to ten crops of 256 px", of_imagenet, views=ten, size_px=256)
     measure("64 px RGBA PNG to ten crops of 32 px", emoji * 2, views=ten, size_px=32)
 
 

@@ -1,11 +1,13 @@
 """The tokenize job against the bare encoder, one worker against two, and the job against two Ray Data pipelines.
 
-All on the same images, cores and encoder, in one run: 64 px PNGs (real emoji) in tars, the shipped tokenizer, one
-thread a worker. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; a Ray Data
-pipeline's comes from the difference of a long and a short run. `plain` is what one writes first; `tuned` takes all that
-this project does for an encoder: its decoder and crop inside the actor, one thread, its allocator settings, as the bare
-encoder has them too. `--light` takes an encoder of random weights that costs next to nothing, so that what the
-pipelines add is all that is seen. JSON lines; the last one holds the ratios.
+All on the same images, cores and encoder, in turns, as the speed of a machine changes within minutes: 64 px PNGs (real
+emoji) in tars, the shipped tokenizer, one thread a worker. Ratios are taken within a turn, the bare encoder before and
+after the job; their medians over the turns are what is told. Memory is watched in a turn of its own, as that takes
+time. A job's rate is steady: it counts from the moment all workers have loaded the tokenizer; a Ray Data pipeline's
+comes from the difference of a long and a short run. `plain` is what one writes first; `tuned` takes all that this
+project does for an encoder: its decoder and crop inside the actor, one thread, its allocator settings, as the bare
+encoder has them too. `--encoder light` takes random weights that cost next to nothing, so that what the pipelines add
+is all that is seen. JSON lines; the last one holds the ratios.
 """
 
 import argparse
@@ -13,11 +15,13 @@ import io
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -82,10 +86,11 @@ def write_corpus(directory: Path, *, num_tars: int) -> str:
     return f"{directory}/{{00000..{num_tars - 1:05d}}}.tar"
 
 
-def prepared_pictures() -> np.ndarray:
-    """One batch of pictures as the encoder sees them, uint8 (32, 64, 64, 3)."""
-    images = [decode_image(path.read_bytes(), max_pixels=10**6) for path in PICTURES[:BATCH_SIZE]]
-    return np.concatenate([make_views(image, config=_views(), image_size_px=64).images_VHWC for image in images])
+def prepared_pictures(num_images: int) -> np.ndarray:
+    """Pictures of the corpus as the encoder sees them, uint8 (num_images, 64, 64, 3)."""
+    images = [decode_image(path.read_bytes(), max_pixels=10**6) for path in PICTURES]
+    views = np.concatenate([make_views(image, config=_views(), image_size_px=64).images_VHWC for image in images])
+    return views[np.arange(num_images) % len(views)]
 
 
 def tokenizer_of(name: str, directory: Path) -> TokenizerConfig:
@@ -101,26 +106,24 @@ def _views() -> Any:
     return TokenizeConfig.model_fields["views"].default
 
 
-def encode_from_memory(tokenizer_config: TokenizerConfig, num_batches: int, barrier: Any, results: Any) -> None:
-    """Encode the same batch over and over, one thread, beside the other processes; put the rate in `results`."""
+def encode_from_memory(tokenizer_config: TokenizerConfig, num_images: int, barrier: Any, results: Any) -> None:
+    """Encode images from memory, one thread, beside the other processes; put the rate in `results`."""
     tokenizer = Tokenizer.load(tokenizer_config, num_threads=1)
-    images = prepared_pictures()
-    for _ in range(10):
-        tokenizer.encode(images)
+    images = prepared_pictures(num_images)
+    tokenizer.encode(images[: 10 * BATCH_SIZE])
     barrier.wait()
     start_s = time.perf_counter()
-    for _ in range(num_batches):
-        tokenizer.encode(images)
-    results.put(num_batches * len(images) / (time.perf_counter() - start_s))
+    tokenizer.encode(images)
+    results.put(num_images / (time.perf_counter() - start_s))
 
 
 def bare_encoder(tokenizer: TokenizerConfig, num_processes: int, *, num_images: int) -> float:
     """Images/s of the encoder alone, fed from memory, over all processes."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(num_processes), context.Queue()
-    num_batches = num_images // BATCH_SIZE // num_processes
+    share = num_images // num_processes // BATCH_SIZE * BATCH_SIZE
     processes = [
-        context.Process(target=encode_from_memory, args=(tokenizer, num_batches, barrier, results))
+        context.Process(target=encode_from_memory, args=(tokenizer, share, barrier, results))
         for _ in range(num_processes)
     ]
     with environment(worker_environment(num_threads=1)):
@@ -271,46 +274,60 @@ def say(**fields: Any) -> None:
     sys.stdout.flush()
 
 
+def job_rates(tokenizer: TokenizerConfig, urls: str, run_root: Path, *, num_tars: int) -> dict[int, float]:
+    """Images/s of the job with one worker on half of the tars, and with two on all."""
+    half = urls.replace(f"..{num_tars - 1:05d}", f"..{num_tars // 2 - 1:05d}")
+    rates = {}
+    with ray_session(ClusterConfig(num_workers=2)):
+        for num_workers, part in ((1, half), (2, urls)):
+            run_dir = run_root / f"workers{num_workers}"
+            rates[num_workers], start_s = job_rate(tokenizer, part, run_dir, num_workers=num_workers)
+            say(what="job", workers=num_workers, images_per_s=rates[num_workers], until_workers_ready_s=start_s)
+    return rates
+
+
 def main() -> None:
-    """Measure all of it, the encoder before and after the job, and print the ratios."""
+    """Measure all of it in turns, and print the median of each ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-tars", type=int, default=6, help=f"tars of {SAMPLES_PER_TAR} images")
+    parser.add_argument("--num-turns", type=int, default=3)
     parser.add_argument("--encoder", choices=["shipped", *RANDOM], default="shipped")
+    parser.add_argument("--without-ray-data", action="store_true")
     arguments = parser.parse_args()
     num_tars = arguments.num_tars
     num_images = num_tars * SAMPLES_PER_TAR
+    pipelines = [] if arguments.without_ray_data else list(PIPELINES)
+    ratios: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         urls = write_corpus(root / "tars", num_tars=num_tars)
         paths = [str(path) for path in sorted((root / "tars").glob("*.tar"))]
         tokenizer = tokenizer_of(arguments.encoder, root)
-        bare = {n: bare_encoder(tokenizer, n, num_images=num_images // 4) for n in (1, 2)}
-        memory: dict[str, dict[str, float]] = {"job": {}, **{name: {} for name in PIPELINES}}
-        rates = {}
-        with ray_session(ClusterConfig(num_workers=2)):
-            for num_workers in (1, 2):
-                with peak_memory(memory["job"]):
-                    part = urls if num_workers == 2 else urls.replace(f"..{num_tars - 1:05d}", f"..{num_tars // 2:05d}")
-                    rates[num_workers], start_s = job_rate(
-                        tokenizer, part, root / f"job{num_workers}", num_workers=num_workers
-                    )
-                say(what="job", workers=num_workers, images_per_s=rates[num_workers], until_workers_ready_s=start_s)
-        again = bare_encoder(tokenizer, 2, num_images=num_images // 4)
-        bare[2] = (bare[2] + again) / 2
-        say(what="bare encoder", processes=1, images_per_s=bare[1])
-        say(what="bare encoder", processes=2, images_per_s=bare[2], second_measurement=again)
-        ray_data = {}
-        for name in PIPELINES:
+        for turn in range(arguments.num_turns):
+            bare = {n: bare_encoder(tokenizer, n, num_images=num_images // 2) for n in (1, 2)}
+            rates = job_rates(tokenizer, urls, root / f"job{turn}", num_tars=num_tars)
+            again = bare_encoder(tokenizer, 2, num_images=num_images // 2)
+            say(what="bare encoder", processes=1, images_per_s=bare[1])
+            say(what="bare encoder", processes=2, images_per_s=bare[2], after_the_job_images_per_s=again)
+            ratios["job_over_bare_encoder"].append(rates[2] / ((bare[2] + again) / 2))
+            ratios["two_workers_over_one"].append(rates[2] / rates[1])
+            for name in pipelines:
+                rate = ray_data_rate(name, tokenizer, paths, root / f"{name}{turn}")
+                ratios[f"job_over_{name}_ray_data"].append(rates[2] / rate)
+        memory: dict[str, dict[str, float]] = {name: {} for name in ("job", *pipelines)}
+        with peak_memory(memory["job"]):
+            job_rates(tokenizer, urls, root / "job", num_tars=num_tars)
+        for name in pipelines:
             with peak_memory(memory[name]):
-                ray_data[name] = ray_data_rate(name, tokenizer, paths, root / name)
-        say(
-            encoder=arguments.encoder,
-            images=num_images,
-            job_over_bare_encoder=rates[2] / bare[2],
-            two_workers_over_one=rates[2] / rates[1],
-            **{f"job_over_{name}_ray_data": rates[2] / rate for name, rate in ray_data.items()},
-            **{f"{name}_peak_mb": peak["peak_mb"] for name, peak in memory.items()},
-        )
+                ray_data_rate(name, tokenizer, paths, root / name)
+    say(
+        encoder=arguments.encoder,
+        images=num_images,
+        turns=arguments.num_turns,
+        **{name: statistics.median(of_turns) for name, of_turns in ratios.items()},
+        **{f"least_and_most_{name}": [round(min(r), 3), round(max(r), 3)] for name, r in ratios.items()},
+        **{f"{name}_peak_mb": peak["peak_mb"] for name, peak in memory.items()},
+    )
 
 
 if __name__ == "__main__":

@@ -161,9 +161,11 @@ def doctor() -> None:
 
 @main.command("build-ops")
 def build_ops_command() -> None:
-    """Compile the native ops; TENSORAR_CUDA=auto|0|1 says whether for CUDA too."""
+    """Compile the native pixels and ops; TENSORAR_CUDA=auto|0|1 says whether the ops are for CUDA too."""
+    from tokenization.build_pixels import build_pixels  # noqa: PLC0415  (only this command needs it)
     from training.build_ops import build_ops  # noqa: PLC0415  (finds torch)
 
+    click.echo(f"native pixels: {build_pixels()}")
     click.echo(f"native ops: {build_ops()}")
 
 

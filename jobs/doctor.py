@@ -65,6 +65,7 @@ def _checks(data_root: Path) -> list[Callable[[], Check]]:
         check_cuda,
         lambda: check_package("ray"),
         lambda: check_package("deepspeed"),
+        check_native_pixels,
         check_native_ops,
         check_nvcc,
         check_cores,
@@ -113,6 +114,19 @@ def check_package(name: str) -> Check:
         return Check(name, "ok", importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", "install the pinned environment: make venv")
+
+
+def check_native_pixels() -> Check:
+    """Whether the library of native pixels is built from its sources."""
+    from tokenization.build_pixels import LIBRARY  # noqa: PLC0415  (only this command needs it)
+    from tokenization.native import NativePixelsError, load_library  # noqa: PLC0415  (only this command needs it)
+
+    try:
+        load_library()
+    except NativePixelsError as error:
+        advice = "nothing needs it, tokenizing is slower; run `tensorar build-ops`"
+        return Check("native pixels", "warn", str(error), advice)
+    return Check("native pixels", "ok", LIBRARY.name)
 
 
 def check_native_ops() -> Check:

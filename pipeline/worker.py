@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +160,8 @@ class UnitTokenizer:
         """Return a context with the samples of a unit, prepared in threads ahead of it where it has cores for them."""
         samples = self._read(under_way)
         if self._threads is None:
-            return contextlib.nullcontext(one for sample in samples for one in self._prepare(under_way, [sample]))
+            groups = iter(lambda: list(islice(samples, SAMPLES_PER_GROUP)), [])
+            return contextlib.nullcontext(one for group in groups for one in self._prepare(under_way, group))
         return prepared_ahead(
             samples,
             lambda group: self._prepare(under_way, group),

@@ -16,7 +16,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from training.build_ops import CUDA_ARCHITECTURES, SOURCES, BuildError, cuda_command, run_compiler
+from tokenization.compiler import BuildError, run_compiler
+from training.build_ops import CUDA_ARCHITECTURES, SOURCES, cuda_command
 
 OUTPUT = Path("build/check-cuda")
 

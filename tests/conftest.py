@@ -3,10 +3,13 @@
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from s3_server import S3Server, running_s3_server
+
+from tokenization import native
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,17 @@ def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.variables.items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server.bucket}/test-{secrets.token_hex(6)}"
+
+
+@pytest.fixture(params=["native", "pillow"])
+def pixels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Pixels from the native library, and once more as where it is not built."""
+    if request.param == "pillow":
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "_pixels.so")
+    native.library.cache_clear()
+    assert (native.library() is None) == (request.param == "pillow")
+    yield
+    native.library.cache_clear()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

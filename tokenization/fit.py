@@ -91,7 +91,7 @@ def load_images(folder: Path, *, size_px: int) -> np.ndarray:
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
         try:
             image = decode_image(path.read_bytes(), max_pixels=MAX_IMAGE_PIXELS)
-            crops.append(np.asarray(center_crop(image, size_px)))
+            crops.append(center_crop(image, size_px))
         except ImageRejectedError as error:
             log.warning("event=image_rejected path=%s reason=%s", path, error.reason)
     if not crops:

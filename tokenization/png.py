@@ -1,4 +1,5 @@
-"""PNG files to pixels: the chunks are read here, Pillow's zip decoder turns the compressed rows into pixels.
+"""PNG files to pixels: the chunks are read here; native code makes pixels of most inflated rows, Pillow's zip decoder
+of the others and wherever something is wrong.
 
 Pillow's own reader checks no checksum of the pixel data, refuses images for the size of their comments, and compares
 the transparent colour of 1, 2, 4 and 16 bit images with rescaled pixels. Reading only the chunks that decide about
@@ -13,8 +14,10 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 from PIL import Image
 
+from tokenization import native
 from tokenization.image_rejection import check_num_pixels, undecodable
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -64,6 +67,8 @@ class _Header(NamedTuple):
 def open_png(data: bytes, *, max_pixels: int) -> Image.Image:
     """Return a PNG's pixels as an image of mode L, LA, RGB or RGBA; its EXIF block, if any, is `info["exif"]`.
 
+    What has an alpha channel may be on white already.
+
     Args:
         data: a whole file.
         max_pixels: largest width * height that is decoded.
@@ -76,12 +81,7 @@ def open_png(data: bytes, *, max_pixels: int) -> Image.Image:
     header = _read_header(data)
     check_num_pixels(header.width, header.height, max_pixels=max_pixels)
     chunks = _read_chunks(data)
-    mode, layout = _LAYOUTS[header.depth, header.colour]
-    image = _unpack(header, mode, layout, chunks[b"IDAT"])
-    if mode == "P":
-        image = _apply_palette(image, chunks)
-    elif mode in ("1", "I;16") or (b"tRNS" in chunks and mode in ("L", "RGB")):
-        image = _scale_to_8_bits(image, header, chunks)
+    image = _rows_on_white(header, chunks) or _unpack_any(header, chunks)
     if b"eXIf" in chunks:
         image.info["exif"] = chunks[b"eXIf"]
     return image
@@ -125,6 +125,35 @@ def _read_chunks(data: bytes) -> _Chunks:
         begin = stop + 4
     chunks[b"IDAT"] = pixels[0] if len(pixels) == 1 else b"".join(pixels)
     return chunks
+
+
+def _rows_on_white(header: _Header, chunks: _Chunks) -> Image.Image | None:
+    """Return the RGB image of the usual kind of PNG, or None of another, or of one with something wrong."""
+    num_channels = _CHANNELS[header.colour]
+    is_usual = (header.depth, header.interlace) == (8, 0) and num_channels >= 3
+    library = native.library()
+    if library is None or not is_usual or (num_channels == 3 and b"tRNS" in chunks):
+        return None
+    num_bytes = header.height * (1 + header.width * num_channels)
+    try:
+        rows = isal_zlib.decompressobj().decompress(chunks[b"IDAT"], num_bytes)
+    except isal_zlib.error:  # type: ignore[misc]  # its stub calls it a variable
+        return None
+    if len(rows) < num_bytes:
+        return None
+    return native.png_rows_on_white(
+        rows, width=header.width, height=header.height, num_channels=num_channels, library=library
+    )
+
+
+def _unpack_any(header: _Header, chunks: _Chunks) -> Image.Image:
+    mode, layout = _LAYOUTS[header.depth, header.colour]
+    image = _unpack(header, mode, layout, chunks[b"IDAT"])
+    if mode == "P":
+        return _apply_palette(image, chunks)
+    if mode in ("1", "I;16") or (b"tRNS" in chunks and mode in ("L", "RGB")):
+        return _scale_to_8_bits(image, header, chunks)
+    return image
 
 
 def _unpack(header: _Header, mode: str, layout: str, compressed: bytes | memoryview) -> Image.Image:

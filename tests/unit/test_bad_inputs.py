@@ -17,6 +17,8 @@ from tokenization.crops import make_views
 from tokenization.decoding import decode_image
 from tokenization.image_rejection import ImageRejectedError
 
+pytestmark = pytest.mark.usefixtures("pixels")
+
 EMOJI = sorted((Path(__file__).parents[1] / "data" / "held_out_emoji").glob("*.png"))
 DECODE_ALL = """
 import resource

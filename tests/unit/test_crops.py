@@ -9,9 +9,11 @@ from tokenization.config import ViewsConfig
 from tokenization.crops import center_crop, make_views
 from tokenization.image_rejection import ImageRejectedError
 
+pytestmark = pytest.mark.usefixtures("pixels")
+
 
 def test_an_elongated_image_is_rejected_by_the_crop() -> None:
-    assert center_crop(Image.new("RGB", (100, 1)), 8).size == (8, 8)
+    assert center_crop(Image.new("RGB", (100, 1)), 8).shape == (8, 8, 3)
     with pytest.raises(ImageRejectedError, match="cropping image: sides must differ at most 100 times") as caught:
         center_crop(Image.new("RGB", (101, 1)), 8)
     assert (caught.value.stage, caught.value.reason) == ("crop", "too_elongated")

@@ -1,4 +1,4 @@
-"""The native ops as each instruction set compiles them, one process a set: all agree with the references."""
+"""The native code as each instruction set compiles it, one process a set: all agree with the references."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_drawing import uniform_rows
+from test_native_pixels import check_crops, check_rows
 from test_ops import arguments_of
 from test_sampling_ops import check_drawn_codes, check_projected_states
 
+from tokenization.compiler import INSTRUCTION_SETS
 from training import noise, ops
-from training.build_ops import INSTRUCTION_SETS
 from training.drawing import reference_sampling_uniforms
 
 
@@ -49,3 +50,5 @@ if __name__ == "__main__":
     check_uniforms()
     check_drawn_codes()
     check_projected_states()
+    check_crops()
+    check_rows()

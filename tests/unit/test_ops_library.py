@@ -11,8 +11,9 @@ from synthetic_shards import train_config, write_shard_set
 
 from jobs.demo import run_demo
 from jobs.inputs import check_inputs
+from tokenization.compiler import BuildError
 from training import build_ops, ops
-from training.build_ops import BuildError, build_library, nvcc_for_build
+from training.build_ops import build_library, nvcc_for_build
 from training.loop import train
 from training.ops import NativeOpError, check_ops
 

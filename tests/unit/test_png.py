@@ -13,6 +13,8 @@ from PIL import Image
 from tokenization.decoding import decode_image
 from tokenization.image_rejection import ImageRejectedError
 
+pytestmark = pytest.mark.usefixtures("pixels")
+
 LAYOUTS = [
     *((depth, GREY) for depth in (1, 2, 4, 8, 16)),
     *((depth, PALETTE) for depth in (1, 2, 4, 8)),
