@@ -2,7 +2,7 @@
 
 The invariant: work is skipped only after its record was checked against the spec, the input and the files; a set that
 was begun with another spec is refused by naming the fields that differ. Cheap on purpose: three listings, sizes and
-marks, O(units); contents are read only where a mark changed.
+marks, O(units); contents are read only where a mark changed, as after a move, and the record then takes the new one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from typing import Any
 
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
-from pipeline.ledger import LedgerRecord, files_problem, index_name, rejects_name, shard_name, stem_of
+from pipeline.ledger import (
+    LedgerRecord,
+    files_problem,
+    index_name,
+    rejects_name,
+    shard_name,
+    stem_of,
+    write_record,
+)
 from pipeline.retry import RetryDetails, RetrySource
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
@@ -102,6 +110,7 @@ def find_finished(
     files = storage.list("shards/")
     files.update(storage.list("rejects/"))
     tally, doubtful, broken = Tally(), list[LedgerRecord](), list[tuple[LedgerRecord, str]]()
+    num_renewed = 0
     inputs_when_retried: dict[str, set[str]] = {}
     for stem, record in ledger.records():
         reason = str(record) if isinstance(record, ArtifactError) else None
@@ -112,6 +121,7 @@ def find_finished(
                     inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
             reason = _file_reason(storage, record, stem=stem, files=files)
             if reason is None and _is_same_input(unit, record):
+                num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
                 _keep(record, stem=stem, tally=tally, files=files)
                 continue
             if reason is None:
@@ -139,6 +149,7 @@ def find_finished(
             continue
         reason = _input_reason(unit, record, source=source)
         if reason is None:
+            num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
             _keep(record, stem=stem, tally=tally, files=files)
         elif stem in inputs_when_retried:
             raise ArtifactError(
@@ -147,6 +158,9 @@ def find_finished(
             )
         else:
             _redo(ledger, stem, plan=plan, reason=reason)
+    if num_renewed:
+        logger.info("tokenize %s: units_moved_or_touched=%d, their contents are the same", storage, num_renewed)
+        ledger.gather()
     return Found(tally=tally, uncommitted=tuple(name for name in files if not _is_of_tally(name, tally)))
 
 
@@ -155,6 +169,27 @@ def _keep(record: LedgerRecord, *, stem: str, tally: Tally, files: dict[str, Fil
     tally.add(record)
     for name in (shard_name(stem), index_name(stem), rejects_name(stem)):
         files.pop(name, None)
+
+
+def _renew(
+    storage: Storage,
+    record: LedgerRecord,
+    *,
+    stem: str,
+    unit: WorkUnit,
+    files: Mapping[str, FileInfo],
+    ledger: Ledger,
+) -> bool:
+    """Commit a record with the marks that its input and its shard have now; False where it has them already.
+
+    Else a set or a corpus that was moved would be read whole at the start of every run.
+    """
+    shard_mark = "" if record.shard is None else files[shard_name(stem)].mark
+    if (record.input_mark, record.shard_mark) == (unit.mark, shard_mark):
+        return False
+    renewed = record.model_copy(update={"input_mark": unit.mark, "shard_mark": shard_mark})
+    ledger.note(stem, renewed, mark=write_record(storage, stem, renewed).mark)
+    return True
 
 
 def _is_of_tally(name: str, tally: Tally) -> bool:

@@ -13,7 +13,7 @@ from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar
 
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
-from pipeline.ledger import LedgerRecord, Manifest, read_manifest
+from pipeline.ledger import LedgerRecord, Manifest, read_manifest, read_record
 from pipeline.rejects import Counts, Reject, count
 from pipeline.resume import check_identity, find_finished
 from pipeline.retry import RetrySource
@@ -153,6 +153,20 @@ def test_a_rerun_skips_only_what_is_as_its_record_says(
 ) -> None:
     change(root)
     assert finished_units(root) == left
+
+
+def test_the_contents_of_what_was_moved_are_read_once(root: Path) -> None:
+    tar, shard = root / "tars/00001.tar", root / "set/shards/00000.tar"
+    for path in (tar, shard):
+        os.utime(path, (1, 1))
+    before = read_record(open_storage(str(root / "set")), "00000")
+    assert finished_units(root) == [0, 1, 2]
+    renewed = read_record(open_storage(str(root / "set")), "00000")
+    assert renewed == before.model_copy(update={"shard_mark": "1000000000"})
+    for path in (tar, shard):  # same size, same time, other content: whoever reads it sees that
+        path.write_bytes(b"x" * path.stat().st_size)
+        os.utime(path, (1, 1))
+    assert finished_units(root) == [0, 1, 2]
 
 
 def test_a_unit_of_another_file_is_refused(root: Path) -> None:
