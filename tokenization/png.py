@@ -30,6 +30,8 @@ _CHANNELS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _GREY_ALPHA: 2, _RGB_ALPHA: 4}
 # First column and row, and the steps to the next ones, of each pass of an interlaced image; and of a plain one.
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _ONE_PASS = ((0, 0, 1, 1),)
+_MAX_NATIVE_PIXELS = 1 << 22
+"""Native code holds the rows and the pixels beside the image, so that large ones are left to Pillow."""
 _UNSET = 85
 _INFLATED_BYTES = 1 << 20
 # (bit depth, colour type): Pillow's mode, and its name for the layout of the bits.
@@ -131,6 +133,7 @@ def _rows_on_white(header: _Header, chunks: _Chunks) -> Image.Image | None:
     """Return the RGB image of the usual kind of PNG, or None of another, or of one with something wrong."""
     num_channels = _CHANNELS[header.colour]
     is_usual = (header.depth, header.interlace) == (8, 0) and num_channels >= 3
+    is_usual &= header.width * header.height <= _MAX_NATIVE_PIXELS
     library = native.library()
     if library is None or not is_usual or (num_channels == 3 and b"tRNS" in chunks):
         return None

@@ -87,6 +87,11 @@ def test_an_image_in_several_pieces_of_memory_is_cropped_too(width: int, height:
     np.testing.assert_array_equal(center_crop(image, 256), adm_crop(image, 256))
 
 
+def test_a_png_too_large_for_native_rows_is_the_same_picture() -> None:
+    image = smooth_image(2049, 2048)
+    assert decode_image(encoded(image, compress_level=1), max_pixels=10_000_000).tobytes() == image.tobytes()
+
+
 def test_a_compressed_bomb_gives_no_more_than_the_rows_of_its_header() -> None:
     bomb = zlib.compress(bytes(50_000_000), 9)
     header = png_file(4, 4, depth=8, colour=RGB, rows=[])[:33]
