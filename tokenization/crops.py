@@ -1,7 +1,7 @@
 """RGB images to the views that get codes: ADM's centre crop, LlamaGen's flip and ten-crop.
 
 The views equal ADM's `center_crop_arr` and LlamaGen's `extract_codes_c2i` pixel for pixel; every one records the region
-of the source image it shows. A step that would change nothing is left out: on a 64 px image that is worth 14 us of 26.
+of the source image it shows. A step that would change nothing is left out. Native code crops most images.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class _Square:
     scale_x: float
     scale_y: float
     goes_columns_first: bool
-    """Whether Pillow resizes columns before rows in each step; it does not where that is more work."""
+    """Whether every Pillow resizes columns before rows in each step, as native code does.
+
+    Pillow 13 takes the rows first where they lose more than twice what the columns lose (found by trial).
+    """
 
 
 def _square(width: int, height: int, size_px: int) -> _Square:
