@@ -50,7 +50,7 @@ def reference_attend_windows(
 ) -> Tensor:
     """What `attend_windows` returns, in plain torch."""
     mixed_MND = reference_mix_windows(codes_MK, table_VD, offsets_KD, score_weight_ND)
-    return _values(mixed_MND, value_weight_NHD)
+    return (mixed_MND.transpose(0, 1) @ value_weight_NHD.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,11 @@ def _attend(
     attended_MD = table_VD.new_empty(codes_MK.shape[0], value_weight_NHD.shape[0] * value_weight_NHD.shape[1])
     weights = (table_VD.contiguous(), offsets_KD.contiguous(), score_weight_ND.contiguous())
     mix, _ = _kernels(table_VD.device)
-    for some in _some_windows(codes_MK.shape[0], value_weight_NHD, table_VD.device):
-        mixed_MND, _ = mix(codes_MK[some].contiguous(), *weights)
-        attended_MD[some] = _values(mixed_MND, value_weight_NHD)
+    size = _windows_at_a_time(value_weight_NHD)
+    for codes, attended in zip(torch.split(codes_MK.contiguous(), size), torch.split(attended_MD, size), strict=True):
+        mixed_MND, _ = mix(codes, *weights)
+        attended_MNH = attended.view(-1, *value_weight_NHD.shape[:2])
+        torch.bmm(mixed_MND.transpose(0, 1), value_weight_NHD.transpose(1, 2), out=attended_MNH.transpose(0, 1))
     return attended_MD
 
 
@@ -165,15 +167,17 @@ def _attend_backward(
     heads, head_dim, _ = value_weight_NHD.shape
     weights = (table_VD.contiguous(), offsets_KD.contiguous(), score_weight_ND.contiguous())
     sums = tuple(torch.zeros_like(weight, dtype=torch.float32) for weight in weights)
-    value_grad_NHD = torch.zeros_like(value_weight_NHD, dtype=torch.float32)
+    value_grad_NHD: Tensor | None = None
     mix, mix_backward = _kernels(table_VD.device)
-    for some in _some_windows(codes_MK.shape[0], value_weight_NHD, table_VD.device):
-        codes = codes_MK[some].contiguous()
+    size = _windows_at_a_time(value_weight_NHD)
+    for codes, grad in zip(torch.split(codes_MK.contiguous(), size), torch.split(grad_MD, size), strict=True):
         mixed_MND, shares_MNK = mix(codes, *weights)
-        grad_NMH = grad_MD[some].view(-1, heads, head_dim).transpose(0, 1)
-        value_grad_NHD += grad_NMH.transpose(1, 2) @ mixed_MND.transpose(0, 1)
+        grad_NMH = grad.view(-1, heads, head_dim).transpose(0, 1)
+        of_part = grad_NMH.transpose(1, 2) @ mixed_MND.transpose(0, 1)
+        value_grad_NHD = of_part if value_grad_NHD is None else value_grad_NHD.float().add_(of_part)
         torch.bmm(grad_NMH, value_weight_NHD, out=mixed_MND.transpose(0, 1))
         mix_backward(mixed_MND, shares_MNK, codes, *weights, *sums)
+    assert value_grad_NHD is not None  # a split has a part, of no windows too
     table_grad_VD, offset_grads_KD, score_grad_ND = sums
     return table_grad_VD.to(table_VD.dtype), offset_grads_KD, score_grad_ND, value_grad_NHD.to(value_weight_NHD.dtype)
 
@@ -241,12 +245,8 @@ def mix_backward_by_torch(
     score_weight_grad_ND += small[1]
 
 
-def _values(mixed_MND: Tensor, value_weight_NHD: Tensor) -> Tensor:
-    return (mixed_MND.transpose(0, 1) @ value_weight_NHD.transpose(1, 2)).transpose(0, 1).flatten(1)
-
-
-def _some_windows(num_windows: int, value_weight_NHD: Tensor, device: torch.device) -> list[slice]:
+def _windows_at_a_time(value_weight_NHD: Tensor) -> int:
+    if value_weight_NHD.device.type == "cpu":
+        return WINDOWS_AT_A_TIME
     heads, _, dim = value_weight_NHD.shape
-    of_a_window = heads * dim * value_weight_NHD.element_size()
-    size = WINDOWS_AT_A_TIME if device.type == "cpu" else max(1, ACCELERATOR_BYTES // of_a_window)
-    return [slice(start, start + size) for start in range(0, num_windows, size)]
+    return max(1, ACCELERATOR_BYTES // (heads * dim * value_weight_NHD.element_size()))

@@ -84,6 +84,15 @@ def test_unaligned_slices_give_the_bits_of_aligned_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    tensors, grad = _inputs((37, 4, 3, 64, 50), dtype)
+    tensors[0][5], tensors[1][7, 3] = 7, float("nan")
+    mixed, *_ = _run([tensor.cuda() for tensor in tensors], grad.cuda())
+    has_code = ((tensors[0] == 7).any(1))[:, None, None].expand_as(mixed)
+    assert torch.equal(mixed.isnan().cpu(), has_code)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 def test_the_encoders_attention_trains_as_the_reference_does_in_parts(dtype: torch.dtype) -> None:
     tensors, _ = _inputs((3000, 4, 12, 768, 16384), dtype)
     codes, *weights = [tensor.cuda() for tensor in tensors]

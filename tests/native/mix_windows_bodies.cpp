@@ -26,8 +26,7 @@ void mix_windows_backward(const Tensor& grad, const Tensor& shares, const Tensor
 
 int64_t shared_bytes(const Tensor& codes, const Tensor& table, const Tensor& offsets, const Tensor& score_weight) {
   const auto [mixed, shares] = new_results(codes, table, offsets, score_weight);
-  MixOnGrid op{checked_mix(codes, table, offsets, score_weight, mixed, shares)};
-  op.windows_per_block = windows_per_block(op);
+  const MixOnGrid op(checked_mix(codes, table, offsets, score_weight, mixed, shares));
   int64_t pairs = 0;
   with_body<MixWindowsBody>(op, [&]<class Body>() { pairs = Body::shared_pairs(op); });
   with_body<MixWindowsBackwardBody>(op, [&]<class Body>() { pairs = std::max<int64_t>(pairs, Body::shared_pairs(op)); });

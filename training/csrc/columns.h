@@ -38,8 +38,9 @@ HOST_DEVICE uint32_t as_bits(float value) { return __builtin_bit_cast(uint32_t, 
 HOST_DEVICE float widened(float value) { return value; }
 HOST_DEVICE float widened(BFloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 
-// Round to nearest, ties to even.
+// Round to nearest, ties to even; every NaN is 0x7fff, as on a device.
 HOST_DEVICE uint32_t bfloat16_bits(float value) {
+  if (value != value) return 0x7fff;
   const uint32_t bits = as_bits(value);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
@@ -64,10 +65,20 @@ HOST_DEVICE int64_t packed(const float* from, const float*) {
   return static_cast<int64_t>(as_bits(from[0]) | static_cast<uint64_t>(as_bits(from[1])) << 32);
 }
 
+// Two numbers as bfloat16, rounded to nearest.
+HOST_DEVICE uint32_t bfloat16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return bfloat16_bits(low) | bfloat16_bits(high) << 16;
+#endif
+}
+
 HOST_DEVICE int64_t packed(const float* from, const BFloat16*) {
-  const uint32_t low = bfloat16_bits(from[0]) | bfloat16_bits(from[1]) << 16;
-  const uint32_t high = bfloat16_bits(from[2]) | bfloat16_bits(from[3]) << 16;
-  return static_cast<int64_t>(low | static_cast<uint64_t>(high) << 32);
+  const uint64_t low = bfloat16_pair(from[0], from[1]), high = bfloat16_pair(from[2], from[3]);
+  return static_cast<int64_t>(low | high << 32);
 }
 
 // COUNT numbers from a multiple of 16 bytes on.

@@ -10,20 +10,19 @@ namespace tensorar {
 template <class T, class Access>
 class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   using Base = WindowBlock<T, Access>;
-  using Plan = typename Base::Plan;
-  using Base::CHUNK, Base::TILE, Base::op, Base::plan, Base::factors;
+  using Base::CHUNK, Base::TILE, Base::op, Base::plan, Base::factors, Base::codes;
 
  public:
   using Base::THREADS;
   static constexpr int BLOCKS_AT_ONCE = 2;
 
   static HOST_DEVICE int shared_pairs(const MixOnGrid& op) {
-    const Plan plan(op);
-    return (plan.end + plan.rows * (1 + 2 * plan.padded_heads)) / 4;
+    return (op.plan.end + op.plan.rows * (1 + 2 * op.plan.padded_heads)) / 4;
   }
 
   HOST_DEVICE MixWindowsBackwardBody(const MixOnGrid& op, Pair* shared_memory, int64_t block)
       : Base(op, shared_memory, block),
+        block(block),
         means(Base::shared + plan.end),
         pairs(means + plan.rows) {}
 
@@ -47,9 +46,9 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   // Of the mixed vectors; any, where there is no such head or window.
   HOST_DEVICE Columns<CHUNK> grad(int head, int window, int chunk) const {
     const int64_t m = Base::first_window + window, last = op.num_windows - 1;
-    const int64_t row = (m < last ? m : last) * plan.heads + (head < plan.heads ? head : plan.heads - 1);
-    const T* from = static_cast<const T*>(op.mixed_MND) + row * plan.dim + chunk * CHUNK;
-    return read_columns<Access, CHUNK>(from, plan.dim - chunk * CHUNK);
+    const T* of_window = static_cast<const T*>(op.mixed_MND) + (m < last ? m : last) * (plan.heads * plan.dim);
+    const int row = head < plan.heads ? head : plan.heads - 1, column = chunk * CHUNK;
+    return read_columns<Access, CHUNK>(of_window + (row * plan.dim + column), plan.dim - column);
   }
 
   // A row's share for a head, then its score's gradient (before, its share's).
@@ -58,19 +57,20 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   // Both are zero where there is no code, window or head.
   HOST_DEVICE void softmax_backward(int thread) const {
     for (int item = thread; item < plan.windows * plan.padded_heads; item += THREADS) {
-      const int window = item / plan.padded_heads, head = item % plan.padded_heads, first = Base::row_of(window, 0);
+      const int window = plan.by_padded_heads.quotient(item), head = plan.by_padded_heads.remainder(item);
+      const int first = Base::row_of(window, 0);
       const int64_t m = Base::first_window + window;
       float mean = 0;
       for (int k = 0; k < plan.offset_tiles * TILE; ++k) {
         float* const pair = pair_at(first + k, head);
-        const bool has_code = head < plan.heads && Base::code_of_row(first + k) >= 0;
+        const bool has_code = head < plan.heads && codes[first + k] >= 0;
         pair[0] = has_code ? op.shares_MNK[(m * plan.heads + head) * plan.offsets + k] : 0.0f;
         if (!has_code) pair[1] = 0.0f;
         mean = fmaf(pair[0], pair[1], mean);
       }
       for (int k = 0; k < plan.offset_tiles * TILE; ++k) {
         float* const pair = pair_at(first + k, head);
-        const bool has_code = head < plan.heads && Base::code_of_row(first + k) >= 0;
+        const bool has_code = head < plan.heads && codes[first + k] >= 0;
         pair[1] = has_code ? pair[0] * (pair[1] - mean) : 0.0f;
         if (m < op.num_windows && k < plan.offsets)
           op.key_shares_MKN[(m * plan.offsets + k) * plan.padded_heads + head] = pair[1] * factors[first + k];
@@ -98,7 +98,7 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
     for (int i = 0; i < TILE; ++i) two_pairs[i] = read_aligned<4>(pair_at(tile * TILE + i, head));
     UNROLLED
     for (int n = 0; n < 2; ++n) {
-      const Columns<CHUNK> of_mixed = grad(head + n, tile / plan.offset_tiles, chunk);
+      const Columns<CHUNK> of_mixed = grad(head + n, plan.by_offset_tiles.quotient(tile), chunk);
       const Columns<CHUNK> weight = Base::template score_weight<CHUNK>(head + n, chunk);
       UNROLLED
       for (int i = 0; i < TILE; ++i) {
@@ -111,12 +111,12 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
   // (key gradient - key * mean of their product) * factor, the key being x * factor: in memory, and in place for the sums.
   HOST_DEVICE void write_row_grads(int thread) const {
     for (int item = thread; item < plan.rows * plan.chunks; item += THREADS) {
-      const int row = item / plan.chunks, chunk = item % plan.chunks, offset = Base::offset_of_row(row);
-      const int64_t code = Base::code_of_row(row), m = Base::window_of_row(row);
+      const int row = plan.by_chunks.quotient(item), chunk = plan.by_chunks.remainder(item), offset = Base::offset_of_row(row);
+      const int64_t m = Base::first_window + Base::window_of_row(row);
       Columns<CHUNK> row_grad{};
-      if (code >= 0) {
+      if (codes[row] >= 0) {
         row_grad = Base::template row_at<CHUNK>(row, chunk);
-        add_product(row_grad, -means[row], Base::input(code, offset, chunk));
+        add_product(row_grad, -means[row], Base::input(row, offset, chunk));
         UNROLLED
         for (int i = 0; i < CHUNK; ++i) row_grad.at[i] *= factors[row];
       }
@@ -129,9 +129,9 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
 
   // The block's part of the gradients of the offset embeddings.
   HOST_DEVICE void sum_over_windows(int thread) const {
-    float* to = op.offset_sums_PKD + Base::first_window / plan.windows * plan.offsets * plan.dim;
+    float* to = op.offset_sums_PKD + block * plan.offsets * plan.dim;
     for (int item = thread; item < plan.offsets * plan.chunks; item += THREADS) {
-      const int offset = item / plan.chunks, chunk = item % plan.chunks;
+      const int offset = plan.by_chunks.quotient(item), chunk = plan.by_chunks.remainder(item);
       Columns<CHUNK> sums{};
       for (int window = 0; window < plan.windows; ++window)
         add(sums, Base::template row_at<CHUNK>(Base::row_of(window, offset), chunk));
@@ -139,27 +139,22 @@ class MixWindowsBackwardBody : public WindowBlock<T, Access> {
     }
   }
 
+  const int64_t block;
   float* const means;  // times the square of the factor
   float* const pairs;
 };
 
-// A block's part of the score weight's gradient: score gradients times keys of some windows, a tile of four heads a warp.
+// A warp's part of the score weight's gradient: score gradients times keys of some windows, for four heads and 32 chunks.
 template <class T, class Access>
 class ScoreWeightGradBody {
  public:
   static constexpr int THREADS = 256, BLOCKS_AT_ONCE = 2, WINDOWS = 16;
 
   static HOST_DEVICE int64_t num_groups(const MixOnGrid& op) { return (op.num_windows + WINDOWS - 1) / WINDOWS; }
-  static HOST_DEVICE int64_t num_blocks(const MixOnGrid& op) {
-    return num_groups(op) * column_slabs(op) * head_slabs(op);
-  }
+  static HOST_DEVICE int64_t num_blocks(const MixOnGrid& op) { return (num_tasks(op) + WARPS - 1) / WARPS; }
   static HOST_DEVICE int shared_pairs(const MixOnGrid&) { return 0; }
 
-  HOST_DEVICE ScoreWeightGradBody(const MixOnGrid& op, Pair*, int64_t block)
-      : op(op),
-        column_slab(static_cast<int>(block % column_slabs(op))),
-        head_slab(static_cast<int>(block / column_slabs(op) % head_slabs(op))),
-        group(block / column_slabs(op) / head_slabs(op)) {}
+  HOST_DEVICE ScoreWeightGradBody(const MixOnGrid& op, Pair*, int64_t block) : op(op), plan(op.plan), block(block) {}
 
   template <class BarrierAfter>
   HOST_DEVICE void run(BarrierAfter barrier_after) {
@@ -167,49 +162,51 @@ class ScoreWeightGradBody {
   }
 
  private:
-  static constexpr int WARP = 32, TILE = 4, CHUNK = COLUMNS<T>;
+  static constexpr int WARPS = THREADS / WARP, TILE = MixPlan::TILE, CHUNK = COLUMNS<T>;
 
-  static HOST_DEVICE int column_slabs(const MixOnGrid& op) {
-    return static_cast<int>((op.dim + CHUNK * WARP - 1) / (CHUNK * WARP));
-  }
-  static HOST_DEVICE int head_slabs(const MixOnGrid& op) {
-    return static_cast<int>((op.heads + THREADS / WARP * TILE - 1) / (THREADS / WARP * TILE));
-  }
+  static HOST_DEVICE int slabs(const MixOnGrid& op) { return (op.plan.chunks + WARP - 1) / WARP; }
+  static HOST_DEVICE int64_t num_tasks(const MixOnGrid& op) { return num_groups(op) * (slabs(op) * op.plan.head_tiles); }
 
+  // Warps that follow each other take other heads of the same rows, which are in cache then.
   HOST_DEVICE void write(int thread) const {
-    const int dim = static_cast<int>(op.dim), heads = static_cast<int>(op.heads);
-    const int column = (column_slab * WARP + thread % WARP) * CHUNK;
-    const int head = head_slab * (THREADS / WARP) * TILE + thread / WARP * TILE;
-    if (column >= dim || head >= heads) return;
+    const int64_t task = block * WARPS + thread / WARP;
+    if (task >= num_tasks(op)) return;
+    const int per_group = slabs(op) * plan.head_tiles, of_group = static_cast<int>(task % per_group);
+    const int64_t group = task / per_group;
+    const int head = plan.by_head_tiles.remainder(of_group) * TILE;
+    const int column = (plan.by_head_tiles.quotient(of_group) * WARP + thread % WARP) * CHUNK;
+    if (column >= plan.dim) return;
     Columns<CHUNK> sums[TILE] = {};
-    for (int k = 0; k < op.window_size; ++k) add_offset(k, head, column, sums);
-    float* to = op.weight_sums_GND + (group * heads + head) * dim + column;
+    for (int k = 0; k < plan.offsets; ++k) add_offset(group, k, head, column, sums);
+    float* to = op.weight_sums_GND + (group * plan.heads + head) * plan.dim + column;
     UNROLLED
     for (int n = 0; n < TILE; ++n)
-      if (head + n < heads) write_columns<Access>(to + int64_t{n} * dim, sums[n], dim - column);
+      if (head + n < plan.heads) write_columns<Access>(to + n * plan.dim, sums[n], plan.dim - column);
   }
 
-  HOST_DEVICE void add_offset(int k, int head, int column, Columns<CHUNK> (&sums)[TILE]) const {
-    const int64_t left = op.num_windows - group * WINDOWS, padded_heads = (op.heads + TILE - 1) / TILE * TILE;
-    const int dim = static_cast<int>(op.dim), num_windows = left < WINDOWS ? static_cast<int>(left) : WINDOWS;
-    const Columns<CHUNK> offset = read_columns<Access, CHUNK>(op.offsets_KD + int64_t{k} * dim + column, dim - column);
+  HOST_DEVICE void add_offset(int64_t group, int k, int head, int column, Columns<CHUNK> (&sums)[TILE]) const {
+    const int64_t left = op.num_windows - group * WINDOWS;
+    const int num_windows = left < WINDOWS ? static_cast<int>(left) : WINDOWS;
+    const int64_t first = group * WINDOWS * plan.offsets + k;
+    const int64_t* codes = op.codes_MK + first;
+    const float* key_shares = op.key_shares_MKN + first * plan.padded_heads + head;
+    const Columns<CHUNK> offset = read_columns<Access, CHUNK>(op.offsets_KD + k * plan.dim + column, plan.dim - column);
     UNROLLED_BY_4
     for (int window = 0; window < num_windows; ++window) {
-      const int64_t at = (group * WINDOWS + window) * op.window_size + k, code = op.codes_MK[at];
-      Columns<CHUNK> x{};
-      if (code >= 0) {
-        x = read_columns<Access, CHUNK>(static_cast<const T*>(op.table_VD) + code * dim + column, dim - column);
-        add(x, offset);
-      }
-      const Columns<TILE> key_share = read_aligned<TILE>(op.key_shares_MKN + at * padded_heads + head);
+      const int64_t code = codes[window * plan.offsets];
+      const T* row = static_cast<const T*>(op.table_VD) + (code < 0 ? 0 : code) * plan.dim + column;
+      Columns<CHUNK> x = read_columns<Access, CHUNK>(row, plan.dim - column);
+      add(x, offset);
+      if (code < 0) x = Columns<CHUNK>{};
+      const Columns<TILE> key_share = read_aligned<TILE>(key_shares + window * plan.offsets * plan.padded_heads);
       UNROLLED
       for (int n = 0; n < TILE; ++n) add_product(sums[n], key_share.at[n], x);
     }
   }
 
   const MixOnGrid& op;
-  const int column_slab, head_slab;
-  const int64_t group;
+  const MixPlan& plan;
+  const int64_t block;
 };
 
 }  // namespace tensorar

@@ -10,16 +10,14 @@ namespace tensorar {
 template <class T, class Access>
 class MixWindowsBody : public WindowBlock<T, Access> {
   using Base = WindowBlock<T, Access>;
-  using Plan = typename Base::Plan;
-  using Base::CHUNK, Base::TILE, Base::op, Base::plan;
+  using Base::CHUNK, Base::TILE, Base::op, Base::plan, Base::codes;
 
  public:
   using Base::THREADS;
   static constexpr int BLOCKS_AT_ONCE = 3;
 
   static HOST_DEVICE int shared_pairs(const MixOnGrid& op) {
-    const Plan plan(op);
-    return (plan.end + plan.rows * plan.padded_heads) / 4;
+    return (op.plan.end + op.plan.rows * op.plan.padded_heads) / 4;
   }
 
   HOST_DEVICE MixWindowsBody(const MixOnGrid& op, Pair* shared_memory, int64_t block)
@@ -37,16 +35,17 @@ class MixWindowsBody : public WindowBlock<T, Access> {
   }
 
  private:
-  // In place of its scores, a row's share times its factor.
+  // In place of its scores, a row's share times its factor; 0 for a row that only fills a tile.
   HOST_DEVICE void softmax(int thread) const {
     for (int item = thread; item < plan.windows * plan.padded_heads; item += THREADS) {
-      const int window = item / plan.padded_heads, head = item % plan.padded_heads, first = Base::row_of(window, 0);
+      const int window = plan.by_padded_heads.quotient(item), head = plan.by_padded_heads.remainder(item);
+      const int first = Base::row_of(window, 0);
       const auto score = [&](int k) -> float& { return shares[(first + k) * plan.padded_heads + head]; };
       float largest = -INFINITY, total = 0;
       for (int k = 0; k < plan.offsets; ++k)
-        if (Base::code_of_row(first + k) >= 0 && !(score(k) <= largest)) largest = score(k);
+        if (codes[first + k] >= 0 && !(score(k) <= largest)) largest = score(k);
       for (int k = 0; k < plan.offsets; ++k) {
-        score(k) = Base::code_of_row(first + k) < 0 ? 0.0f : expf(score(k) - largest);
+        score(k) = codes[first + k] < 0 ? 0.0f : expf(score(k) - largest);
         total += score(k);
       }
       const int64_t m = Base::first_window + window;
@@ -61,14 +60,17 @@ class MixWindowsBody : public WindowBlock<T, Access> {
   // A chunk of four heads a turn.
   HOST_DEVICE void mix(int thread) const {
     for (int item = thread; item < plan.windows * plan.head_tiles * plan.chunks; item += THREADS) {
-      const int chunk = item % plan.chunks, tile = item / plan.chunks;
-      const int window = tile / plan.head_tiles, head = tile % plan.head_tiles * TILE, first = Base::row_of(window, 0);
+      const int chunk = plan.by_chunks.remainder(item), tile = plan.by_chunks.quotient(item);
+      const int window = plan.by_head_tiles.quotient(tile), head = plan.by_head_tiles.remainder(tile) * TILE;
       Columns<CHUNK> mixed[TILE] = {};
-      for (int k = 0; k < plan.offsets; ++k) {
-        const Columns<CHUNK> x = Base::template row_at<CHUNK>(first + k, chunk);
-        const Columns<TILE> share = read_aligned<TILE>(shares + (first + k) * plan.padded_heads + head);
+      for (int first = Base::row_of(window, 0); first < Base::row_of(window + 1, 0); first += TILE) {
         UNROLLED
-        for (int n = 0; n < TILE; ++n) add_product(mixed[n], share.at[n], x);
+        for (int i = 0; i < TILE; ++i) {
+          const Columns<CHUNK> x = Base::template row_at<CHUNK>(first + i, chunk);
+          const Columns<TILE> share = read_aligned<TILE>(shares + (first + i) * plan.padded_heads + head);
+          UNROLLED
+          for (int n = 0; n < TILE; ++n) add_product(mixed[n], share.at[n], x);
+        }
       }
       const int64_t m = Base::first_window + window;
       if (m >= op.num_windows) continue;

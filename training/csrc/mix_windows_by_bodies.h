@@ -35,8 +35,7 @@ template <class Launch>
 std::tuple<Tensor, Tensor> mix_windows_by_bodies(Launch launch, const Tensor& codes, const Tensor& table,
                                                  const Tensor& offsets, const Tensor& score_weight) {
   const auto [mixed, shares] = new_results(codes, table, offsets, score_weight);
-  MixOnGrid op{checked_mix(codes, table, offsets, score_weight, mixed, shares)};
-  op.windows_per_block = windows_per_block(op);
+  const MixOnGrid op(checked_mix(codes, table, offsets, score_weight, mixed, shares));
   const Tensor& on = mixed;
   with_body<MixWindowsBody>(op, [&]<class Body>() { launch.template run<Body>(op, on); });
   return {mixed, shares};
@@ -78,13 +77,12 @@ template <class Launch>
 void mix_windows_backward_by_bodies(Launch launch, const Tensor& grad, const Tensor& shares, const Tensor& codes,
                                     const Tensor& table, const Tensor& offsets, const Tensor& score_weight,
                                     const Tensor& table_grad, const Tensor& offset_grads, const Tensor& score_weight_grad) {
-  MixOnGrid op{checked_mix(codes, table, offsets, score_weight, grad, shares)};
+  MixOnGrid op(checked_mix(codes, table, offsets, score_weight, grad, shares));
   check_grads(table, offsets, score_weight, table_grad, offset_grads, score_weight_grad);
   if (op.num_windows == 0) return;
-  op.windows_per_block = windows_per_block(op);
   const int64_t windows = op.num_windows, size = op.window_size, heads = op.heads, dim = op.dim;
   const auto floats = [&](std::initializer_list<int64_t> shape) { return torch::stable::new_empty(offsets, shape); };
-  const Tensor rows = floats({windows * size, dim}), key_shares = floats({windows, size, (heads + 3) / 4 * 4});
+  const Tensor rows = floats({windows * size, dim}), key_shares = floats({windows, size, op.plan.padded_heads});
   op.row_grads_MKD = static_cast<float*>(rows.data_ptr());
   op.key_shares_MKN = static_cast<float*>(key_shares.data_ptr());
   with_body<MixWindowsBackwardBody>(op, [&]<class Body>() {

@@ -11,7 +11,7 @@ struct SumParts {
   int64_t num_parts, num_elements;
 };
 
-// Part by part in eight stripes, and then these: a chunk of four elements a thread of each stripe.
+// Part by part in 32 stripes, and then these: a chunk of four elements a thread of each stripe.
 template <class Access>
 class SumPartsBody {
  public:
@@ -32,7 +32,7 @@ class SumPartsBody {
   }
 
  private:
-  static constexpr int CHUNK = COLUMNS<float>, CHUNKS = 32, STRIPES = THREADS / CHUNKS;
+  static constexpr int CHUNK = COLUMNS<float>, CHUNKS = 8, STRIPES = THREADS / CHUNKS;
 
   HOST_DEVICE int64_t element(int thread) const { return first_element + thread % CHUNKS * CHUNK; }
   HOST_DEVICE int left(int thread) const {
@@ -43,6 +43,7 @@ class SumPartsBody {
   HOST_DEVICE void sum_stripe(int thread) const {
     Columns<CHUNK> sums{};
     if (left(thread) > 0)
+      UNROLLED_BY_4
       for (int64_t part = thread / CHUNKS; part < sum.num_parts; part += STRIPES)
         add(sums, read_columns<Access, CHUNK>(sum.parts_PE + part * sum.num_elements + element(thread), left(thread)));
     write_aligned(stripes + thread * CHUNK, sums);
