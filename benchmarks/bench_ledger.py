@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import S3Config, WebDatasetConfig
+from pipeline.config import S3Config, TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, index_name, record_name, shard_name
 from pipeline.local_storage import LocalStorage
@@ -30,9 +30,16 @@ TAR_BYTES, SHARD_BYTES, SAMPLES_PER_UNIT = 25_000_000, 25_602_048, 10_000
 DIGEST = "0" * 16
 
 
+def config_of(root: Path) -> TokenizeConfig:
+    """The job over the tars of the synthetic corpus."""
+    source = {"kind": "webdataset", "urls": [f"{root}/tars/*.tar"]}
+    spec = {"kind": "tokenize", "run_dir": f"{root}/set", "source": source, "tokenizer": {"weights": "none"}}
+    return TokenizeConfig.model_validate(spec)
+
+
 def source_of(root: Path) -> Source:
     """The tars of the synthetic corpus."""
-    return make_source(WebDatasetConfig(kind="webdataset", urls=(f"{root}/tars/*.tar",)), s3=S3Config())
+    return make_source(config_of(root).source, s3=S3Config())
 
 
 def write_sparse(path: Path, num_bytes: int) -> None:
@@ -91,7 +98,14 @@ def scan(root: Path) -> dict[str, Any]:
     planned_s = time.perf_counter()
     storage = LocalStorage(root / "set")
     ledger = Ledger(storage)
-    found = find_finished(storage, plan=plan, source=RetrySource(source), fingerprint_digest=DIGEST, ledger=ledger)
+    found = find_finished(
+        storage,
+        config=config_of(root),
+        plan=plan,
+        source=RetrySource(source),
+        fingerprint_digest=DIGEST,
+        ledger=ledger,
+    )
     assert found.tally.num_units == len(plan.units)
     scanned_s = time.perf_counter()
     ledger.gather()

@@ -24,7 +24,7 @@ from pipeline.ledger import (
     stem_of,
     write_record,
 )
-from pipeline.retry import RetryDetails, RetrySource
+from pipeline.retry import RetryDetails, RetrySource, first_usable, retried_picks
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
@@ -91,7 +91,13 @@ class Found:
 
 
 def find_finished(
-    storage: Storage, *, plan: Plan, source: RetrySource, fingerprint_digest: str, ledger: Ledger
+    storage: Storage,
+    *,
+    config: TokenizeConfig,
+    plan: Plan,
+    source: RetrySource,
+    fingerprint_digest: str,
+    ledger: Ledger,
 ) -> Found:
     """Return what needs no work; says in the log why other units are done again.
 
@@ -99,47 +105,38 @@ def find_finished(
 
     Args:
         storage: of the set.
+        config: the job.
         plan: the units of the source and, after them, those that `retry-rejects` appended.
         source: reads the units; only those whose input may have changed.
         fingerprint_digest: of the tokenizer.
         ledger: of the set, not read yet.
 
     Raises:
-        ArtifactError: a record speaks of another input file or tokenizer than the plan does.
+        ArtifactError: a record speaks of another input file or tokenizer than the plan does; or a unit must be done
+            again that would now write samples which `retry-rejects` has written.
     """
     files = storage.list("shards/")
     files.update(storage.list("rejects/"))
-    tally, doubtful, broken = Tally(), list[LedgerRecord](), list[tuple[LedgerRecord, str]]()
+    tally, doubtful, redone = Tally(), list[LedgerRecord](), dict[str, str]()
     num_renewed = 0
     inputs_when_retried: dict[str, set[str]] = {}
     for stem, record in ledger.records():
-        reason = str(record) if isinstance(record, ArtifactError) else None
-        if isinstance(record, LedgerRecord):
-            unit = _unit_of(storage, record, plan=plan, stem=stem, fingerprint_digest=fingerprint_digest)
-            if record.retried is not None:
-                for input_stem, fingerprint in record.retried.inputs.items():
-                    inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
-            reason = _file_reason(storage, record, stem=stem, files=files)
-            if reason is None and _is_same_input(unit, record):
-                num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
-                _keep(record, stem=stem, tally=tally, files=files)
-                continue
-            if reason is None:
-                doubtful.append(record)
-            else:
-                broken.append((record, reason))
+        if isinstance(record, ArtifactError):
+            redone[_stem_in_plan(storage, stem, plan=plan)] = f"ledger/{stem}.json is damaged"
+            logger.warning("%s", record)
             continue
-        _redo(ledger, stem, plan=plan, reason=str(reason))
-    for record, reason in broken:
-        unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
-        if stem in inputs_when_retried and _input_reason(unit, record, source=source) is not None:
-            # Done again it would hold the mended samples, which the unit that retried them has written.
-            raise ArtifactError(
-                f"tokenize {storage}: {reason} in unit {record.unit_index} ({unit.name}), whose input was mended for "
-                "its rejects to be retried; put the file back from a copy, or use another run_dir"
-            )
-    for record, reason in broken:
-        _redo(ledger, plan.keys.stem(record.unit_index), plan=plan, reason=reason)
+        unit = _unit_of(storage, record, plan=plan, stem=stem, fingerprint_digest=fingerprint_digest)
+        if record.retried is not None:
+            for input_stem, fingerprint in record.retried.inputs.items():
+                inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
+        reason = _file_reason(storage, record, stem=stem, files=files)
+        if reason is not None:
+            redone[stem] = reason
+        elif _is_same_input(unit, record):
+            num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
+            _keep(record, stem=stem, tally=tally, files=files)
+        else:
+            doubtful.append(record)
     to_retry = _inputs_to_retry(plan, tally=tally)
     for record in doubtful:
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
@@ -157,7 +154,11 @@ def find_finished(
                 "retried; use another run_dir or undo the change"
             )
         else:
-            _redo(ledger, stem, plan=plan, reason=reason)
+            redone[stem] = reason
+    _check_rejected_again(storage, plan=plan, tally=tally, source=source, config=config, reasons=redone)
+    for stem, reason in redone.items():
+        logger.warning("unit %d (%s) is done again: %s", int(stem), plan.units[int(stem)].name, reason)
+        ledger.forget(stem)
     if num_renewed:
         logger.info("tokenize %s: units_moved_or_touched=%d, their contents are the same", storage, num_renewed)
         ledger.gather()
@@ -203,14 +204,37 @@ def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
     return {of_input.unit_index for unit in appended for of_input, _ in unit.details.picks}
 
 
-def _redo(ledger: Ledger, stem: str, *, plan: Plan, reason: str) -> None:
-    logger.warning("unit %d (%s) is done again: %s", int(stem), plan.units[int(stem)].name, reason)
-    ledger.forget(stem)
+def _check_rejected_again(
+    storage: Storage,
+    *,
+    plan: Plan,
+    tally: Tally,
+    source: RetrySource,
+    config: TokenizeConfig,
+    reasons: Mapping[str, str],
+) -> None:
+    """Raise ArtifactError if a unit that is done again would write a sample that an appended unit writes too."""
+    for unit_index, picks in retried_picks(plan, tally=tally).items():
+        unit, stem = plan.units[unit_index], plan.keys.stem(unit_index)
+        usable = first_usable(unit, picks, source=source, config=config)
+        if usable is not None:
+            reason, key = reasons.get(stem, f"ledger/{stem}.json is missing"), plan.keys.key(unit_index, usable)
+            raise ArtifactError(
+                f"tokenize {storage}: {reason} in unit {unit_index} ({unit.name}), whose input was mended for its "
+                f"rejects to be retried: done again, it would write sample {key} a second time; put the file back from "
+                "a copy, or use another run_dir"
+            )
+
+
+def _stem_in_plan(storage: Storage, stem: str, *, plan: Plan) -> str:
+    if not stem.isdigit() or int(stem) >= len(plan.units) or plan.keys.stem(int(stem)) != stem:
+        raise ArtifactError(f"tokenize {storage}: ledger/{stem}.json is of no unit of the plan; use another run_dir")
+    return stem
 
 
 def _unit_of(storage: Storage, record: LedgerRecord, *, plan: Plan, stem: str, fingerprint_digest: str) -> WorkUnit:
     where = f"tokenize {storage}: unit {record.unit_index}"
-    if record.unit_index >= len(plan.units) or plan.keys.stem(record.unit_index) != stem:
+    if plan.keys.stem(record.unit_index) != _stem_in_plan(storage, stem, plan=plan):
         raise ArtifactError(f"{where} of {stem}.json is not in the plan; use another run_dir")
     unit = plan.units[record.unit_index]
     if record.unit != unit.name:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
+from pipeline.config import TokenizeConfig
 from pipeline.ledger import stem_of
+from pipeline.prepare import prepare_sample
 from pipeline.rejects import RULE_STAGE, Reject, read_rejects
 from pipeline.sources.plan import KeyFormat, Plan, Source, WorkUnit
 from pipeline.sources.sample import InputSample, Problem
 from pipeline.storage import ArtifactError, Storage
+from pipeline.tally import Tally
 from tokenization.config import Config
 
 MAX_SAMPLES_PER_UNIT = 10_000
@@ -43,6 +46,10 @@ class PlannedRetry(Config):
     """Why they were rejected, by `stage/reason`."""
     max_image_pixels: PositiveInt
     """The job's limit when the retry was asked for; raising it is one reason to retry."""
+
+    def rejects(self) -> Iterator[tuple[str, str | None]]:
+        """Yield the key of each reject and the input's name of it."""
+        return zip(self.keys, self.sources or [None] * len(self.keys), strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +174,44 @@ def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
     return len(rejects)
 
 
+def retried_picks(plan: Plan, *, tally: Tally) -> dict[int, list[Pick]]:
+    """Return what appended units try again of units that the tally lacks, by the unit that rejected it."""
+    picks_of: dict[int, list[Pick]] = {}
+    for unit in plan.units:
+        if isinstance(unit.details, RetryDetails):
+            for key, source in unit.details.planned.rejects():
+                unit_index, position = plan.keys.split(key)
+                if unit_index not in tally:
+                    picks_of.setdefault(unit_index, []).append(Pick(position, source))
+    return picks_of
+
+
+def first_usable(unit: WorkUnit, picks: Iterable[Pick], *, source: RetrySource, config: TokenizeConfig) -> int | None:
+    """Return the position of a reject that would not be rejected again, or None; reads the unit, decodes only those.
+
+    Raises:
+        ArtifactError: the input is damaged as a whole.
+    """
+    source_at = dict(picks)
+    for sample in source.read(unit):
+        if sample.position not in source_at:
+            continue
+        if source_at.pop(sample.position) not in (sample.source, None):
+            return sample.position  # another sample lies there now
+        limit = max_image_pixels_of(unit, config=config)
+        prepared = prepare_sample(sample, key="", config=config, max_image_pixels=limit)
+        if not isinstance(prepared, Reject) or prepared.stage == RULE_STAGE:
+            return sample.position
+        if not source_at:
+            break
+    return next(iter(source_at), None)
+
+
+def max_image_pixels_of(unit: WorkUnit, *, config: TokenizeConfig) -> int:
+    """Return the limit that a unit is decoded with."""
+    return unit.details.planned.max_image_pixels if isinstance(unit.details, RetryDetails) else config.max_image_pixels
+
+
 def _write_planned(
     storage: Storage, rejects: list[Reject], *, unit_index: int, keys: KeyFormat, max_image_pixels: int
 ) -> None:
@@ -190,8 +235,7 @@ def _read_planned(storage: Storage, name: str) -> PlannedRetry:
 
 def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:
     picks_of: dict[int, list[Pick]] = {}
-    sources: Sequence[str | None] = planned.sources or [None] * len(planned.keys)
-    for key, source in zip(planned.keys, sources, strict=True):
+    for key, source in planned.rejects():
         unit_index, position = _locate(key, plan=plan)
         picks_of.setdefault(unit_index, []).append(Pick(position, source))
     picks = tuple((plan.units[unit_index], tuple(picks)) for unit_index, picks in picks_of.items())
@@ -206,8 +250,8 @@ def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:
 
 def _locate(key: str, *, plan: Plan) -> tuple[int, int]:
     """Return the unit of the source, and the position in it, of the sample behind a key, retried or not."""
-    stem, position = key[: -plan.keys.position_digits], int(key[-plan.keys.position_digits :])
-    details = plan.units[int(stem)].details
+    unit_index, position = plan.keys.split(key)
+    details = plan.units[unit_index].details
     if isinstance(details, RetryDetails):
         return _locate(details.planned.keys[position], plan=plan)
-    return int(stem), position
+    return unit_index, position

@@ -105,6 +105,7 @@ class _Job:
             ledger = Ledger(storage)
             found = find_finished(
                 storage,
+                config=config,
                 plan=plan,
                 source=RetrySource(self._source),
                 fingerprint_digest=tokenizer.fingerprint.digest,

@@ -30,7 +30,7 @@ from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord, Retried, index_name, rejects_name, shard_name, write_record
 from pipeline.prepare import PreparedSample, prepare_sample
 from pipeline.rejects import Reject, count, write_rejects
-from pipeline.retry import RetryDetails, RetrySource
+from pipeline.retry import RetryDetails, RetrySource, max_image_pixels_of
 from pipeline.shards import ShardInfo, ShardSample, ShardWriter, check_written
 from pipeline.sources.plan import KeyFormat, WorkUnit
 from pipeline.sources.registry import make_source
@@ -182,9 +182,7 @@ class UnitTokenizer:
             yield sample
 
     def _prepare(self, under_way: _Unit, samples: list[InputSample]) -> list[PreparedSample | Reject]:
-        unit, limit = under_way.unit, self._config.max_image_pixels
-        if isinstance(unit.details, RetryDetails):
-            limit = unit.details.planned.max_image_pixels
+        unit, limit = under_way.unit, max_image_pixels_of(under_way.unit, config=self._config)
         with under_way.timed("crop"):
             return [
                 prepare_sample(

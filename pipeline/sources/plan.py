@@ -65,6 +65,10 @@ class KeyFormat:
             )
         return f"{self.stem(unit_index)}{position:0{self.position_digits}d}"
 
+    def split(self, key: str) -> tuple[int, int]:
+        """Return the unit index and the position of a key."""
+        return int(key[: -self.position_digits]), int(key[-self.position_digits :])
+
     def stem(self, unit_index: int) -> str:
         """Return the digits that name a unit's shard, ledger record and rejects."""
         return f"{unit_index:0{self.unit_digits}d}"

@@ -94,10 +94,47 @@ def test_a_shard_lost_after_its_rejects_were_mended_and_retried_is_not_made_anew
     refused = CliRunner().invoke(main, ["run", str(root / "spec.yaml")])
     assert refused.exit_code == 1
     assert "00000.tar" in refused.output
-    assert "whose input was mended for its rejects to be retried; put the file back" in refused.output
+    assert "whose input was mended for its rejects to be retried: done again, it would write sample" in refused.output
     kept.rename(root / "set" / "shards" / "00000.tar")
     run(root, "run")
     assert verify_shard_set(open_storage(str(root / "set"))) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("has_killed_retry", [False, True])
+def test_a_record_lost_after_its_rejects_were_mended_repeats_no_sample(
+    root: Path, damage: str, has_killed_retry: bool
+) -> None:
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    whole, record = files_of(root / "set"), root / "set" / "ledger" / "00000.json"
+    kept = record.read_bytes()
+    if has_killed_retry:
+        (root / "set" / "ledger" / "00003.json").unlink()
+    record.write_bytes(kept[:40]) if damage == "cut" else record.unlink()
+    damaged = files_of(root / "set")
+    refused = CliRunner().invoke(main, ["run", str(root / "spec.yaml")])
+    assert refused.exit_code == 1
+    damaged_or_missing = "damaged" if damage == "cut" else "missing"
+    assert f"ledger/00000.json is {damaged_or_missing} in unit 0" in refused.output
+    assert "it would write sample 000002 a second time; put the file back from a copy" in refused.output
+    assert files_of(root / "set") == damaged
+    record.write_bytes(kept)
+    run(root, "run")
+    shards = {name for name in whole if name.startswith(("shards/", "rejects/", "manifest"))}
+    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
+
+
+def test_a_record_lost_after_a_retry_of_unchanged_input_is_made_anew(root: Path) -> None:
+    run(root, "retry-rejects")
+    whole = files_of(root / "set")
+    (root / "set" / "ledger" / "00000.json").unlink()
+    (root / "set" / "ledger" / "00001.json").write_bytes(b"{")
+    run(root, "run")
+    assert totals_of(root) == (18, 14, 4)
+    assert verify_shard_set(open_storage(str(root / "set"))) == []
+    shards = {name for name in whole if name.startswith(("shards/", "rejects/", "manifest"))}
+    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
 
 
 def test_a_shard_lost_after_a_retry_of_unchanged_input_is_made_anew(root: Path) -> None:

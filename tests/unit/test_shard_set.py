@@ -121,7 +121,12 @@ def finished_units(root: Path) -> list[int]:
     digest = Tokenizer.load(config_of(root).tokenizer).fingerprint.digest
     storage, plan = open_storage(str(root / "set")), source.plan()
     found = find_finished(
-        storage, source=RetrySource(source), plan=plan, fingerprint_digest=digest, ledger=Ledger(storage)
+        storage,
+        config=config,
+        source=RetrySource(source),
+        plan=plan,
+        fingerprint_digest=digest,
+        ledger=Ledger(storage),
     )
     return [unit.unit_index for unit in plan.units if unit.unit_index in found.tally]
 
@@ -178,7 +183,14 @@ def test_a_unit_of_another_file_is_refused(root: Path) -> None:
     storage = open_storage(str(root / "set"))
     plan, ledger = source.plan(), Ledger(storage)
     with pytest.raises(ArtifactError, match=r"unit 1 was made from '00001\.tar', got 'other\.tar'"):
-        find_finished(storage, source=RetrySource(source), plan=plan, fingerprint_digest=digest, ledger=ledger)
+        find_finished(
+            storage,
+            config=config,
+            source=RetrySource(source),
+            plan=plan,
+            fingerprint_digest=digest,
+            ledger=ledger,
+        )
 
 
 @pytest.mark.parametrize(
