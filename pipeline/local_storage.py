@@ -3,6 +3,7 @@
 The invariant: under its own name a file is whole or absent, whatever is killed and whenever. A staged name starts with
 `.staged-`, so that no reader's pattern matches it and a later run can tell leftovers from data. The price is one
 fsync of the file and one of its directory for every commit (milliseconds; a shard holds thousands of samples).
+A mount that fails (an evicted Lustre client, a stale NFS handle) is told apart from a file that is damaged.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import logging
 import mmap
 import os
@@ -19,12 +21,28 @@ import shutil
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from pipeline.storage import ArtifactError, Buffer, DirectoryInUseError, FileInfo, Storage, StorageFullError, json_bytes
+from pipeline.storage import (
+    ArtifactError,
+    Buffer,
+    DirectoryInUseError,
+    FileInfo,
+    Storage,
+    StorageFullError,
+    StorageUnavailableError,
+    json_bytes,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 STAGED_PREFIX = ".staged-"
 HASH_BLOCK_BYTES = 1 << 20
+OUTAGES = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO, errno.EHOSTDOWN}
+)
+"""What a disk or a mount fails with where the file may be whole."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +85,18 @@ def stage(path: Path) -> Iterator[Path]:
             raise StorageFullError(
                 f"write {path}: {reason}; free some space and run the same command again, what is committed is kept"
             ) from error
+        if isinstance(error, OSError):
+            raise_outage(error, doing=f"write {path}")
         raise
+
+
+def raise_outage(error: OSError, *, doing: str) -> None:
+    """Raise StorageUnavailableError if an error says that a disk or a mount fails; else return."""
+    if error.errno in OUTAGES:
+        raise StorageUnavailableError(
+            f"{doing}: the file system must answer, got {error.strerror}; check the disk or the mount and run the same "
+            "command again"
+        ) from error
 
 
 def commit(staged_path: Path, path: Path) -> None:
@@ -190,8 +219,12 @@ class LocalStorage(Storage):
     def list(self, prefix: str = "") -> dict[str, FileInfo]:
         """See `Storage.list`."""
         folder, _, start = prefix.rpartition("/")
-        found = _scan(self.root / folder, prefix=f"{folder}/" if folder else "", start=start)
-        return dict(sorted(found, key=itemgetter(0)))
+        try:
+            found = _scan(self.root / folder, prefix=f"{folder}/" if folder else "", start=start)
+            return dict(sorted(found, key=itemgetter(0)))
+        except OSError as error:
+            raise_outage(error, doing=f"list {self.root / folder}")
+            raise
 
     def find(self, name: str) -> FileInfo | None:
         """See `Storage.find`."""
@@ -199,24 +232,31 @@ class LocalStorage(Storage):
             return _info((self.root / name).stat())
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise_outage(error, doing=f"find {self.root / name}")
+            raise
 
     def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
         """See `Storage.read_bytes`."""
         # A third of the time of a file object, which counts where a rerun reads 100,000 ledger records.
-        descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY)
         try:
-            num_bytes = os.fstat(descriptor).st_size
-            return _read_range(descriptor, start=start, end=num_bytes if end is None else min(end, num_bytes))
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY)
+            try:
+                num_bytes = os.fstat(descriptor).st_size
+                return _read_range(descriptor, start=start, end=num_bytes if end is None else min(end, num_bytes))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise_outage(error, doing=f"read {self.root / name}")
+            raise
 
     def open(self, name: str) -> IO[bytes]:
         """See `Storage.open`."""
-        return (self.root / name).open("rb")
+        return io.BufferedReader(_OpenFile(self.root / name))
 
     def map(self, name: str) -> Buffer:
         """See `Storage.map`."""
-        with (self.root / name).open("rb") as file:
+        with self.open(name) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return b""  # an empty file cannot be mapped
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -253,6 +293,32 @@ class LocalStorage(Storage):
     def is_held(self) -> bool:
         """See `Storage.is_held`."""
         return is_held(self.root)
+
+
+class _OpenFile(io.FileIO):
+    """A file that tells where its file system fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._doing = f"read {path}"
+        try:
+            super().__init__(path)
+        except OSError as error:
+            raise_outage(error, doing=self._doing)
+            raise
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise_outage(error, doing=self._doing)
+            raise
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise_outage(error, doing=self._doing)
+            raise
 
 
 def _read_range(descriptor: int, *, start: int, end: int) -> bytes:

@@ -241,10 +241,11 @@ class WorkerPool:
         """Try a unit again that its storage failed; raise the error where it fails one unit after the other."""
         self._outages_in_a_row += 1
         is_alone = not (self._waiting or self._running)
-        if self._outages_in_a_row > 1 and not is_alone:
-            if self._outages_in_a_row >= self._config.max_attempts * max(2, self._config.cluster.num_workers):
-                raise cause
-            wait_s = min(MAX_OUTAGE_WAIT_S, OUTAGE_WAIT_S * 2.0 ** (self._outages_in_a_row - 2))
+        limit = self._config.max_attempts * max(2, self._config.cluster.num_workers)
+        if self._outages_in_a_row >= limit and not is_alone:
+            raise cause
+        if self._outages_in_a_row > 1 or not self._waiting:
+            wait_s = min(MAX_OUTAGE_WAIT_S, OUTAGE_WAIT_S * 2.0 ** max(0, self._outages_in_a_row - 2))
             logger.warning("tokenize %s: the storage fails; no new unit for %.0f s", self._config.run_dir, wait_s)
             self._paused_until_s = time.monotonic() + wait_s
         is_innocent = self._outages_in_a_row > 1 and not is_alone

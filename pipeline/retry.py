@@ -49,7 +49,8 @@ class PlannedRetry(Config):
 
     def rejects(self) -> Iterator[tuple[str, str | None]]:
         """Yield the key of each reject and the input's name of it."""
-        return zip(self.keys, self.sources or [None] * len(self.keys), strict=True)
+        sources: Sequence[str | None] = self.sources or [None] * len(self.keys)
+        return zip(self.keys, sources, strict=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,14 @@
 """Stage and commit: a name is whole or absent, leftovers are found, one writer at a time."""
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import S3Config
 from pipeline.local_storage import (
     LocalStorage,
     exclusive,
@@ -18,7 +21,8 @@ from pipeline.local_storage import (
     write_bytes,
     write_json,
 )
-from pipeline.storage import ArtifactError
+from pipeline.sources.tar_samples import read_groups
+from pipeline.storage import ArtifactError, StorageUnavailableError
 
 
 def test_nothing_is_visible_before_the_commit(tmp_path: Path) -> None:
@@ -155,3 +159,45 @@ def test_a_link_to_a_directory_is_listed_but_not_one_that_leads_back(
 def test_a_range_of_a_file_is_read(tmp_path: Path, start: int, end: int | None, want: bytes) -> None:
     (tmp_path / "a.bin").write_bytes(b"0123456789")
     assert LocalStorage(tmp_path).read_bytes("a.bin", start=start, end=end) == want
+
+
+FAILING_FILE = Path("/proc/self/mem")
+"""Address 0 of a process is never mapped: the kernel answers a read of it with EIO."""
+
+
+def test_a_file_system_that_fails_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").symlink_to(FAILING_FILE)
+    said = f"read {tmp_path}/a.tar: the file system must answer, got Input/output error; check the disk or the mount"
+    with LocalStorage(tmp_path).open("a.tar") as file, pytest.raises(StorageUnavailableError, match=said):
+        file.read(100)
+    with LocalStorage(tmp_path).open("a.tar") as file, pytest.raises(StorageUnavailableError, match=said):
+        file.read()
+    with pytest.raises(StorageUnavailableError, match=said):
+        list(read_groups(f"{tmp_path}/a.tar", s3=S3Config()))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ENOTCONN])
+def test_a_mount_that_is_gone_is_told_by_every_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write_bytes("a.bin", b"0123")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("pread", "scandir", "fsync"):
+        monkeypatch.setattr(os, name, fail)
+    for look in (lambda: storage.read_bytes("a.bin"), storage.list, lambda: storage.write_bytes("a.bin", b"4567")):
+        with pytest.raises(StorageUnavailableError, match=os.strerror(number)):
+            look()
+    monkeypatch.undo()
+    assert storage.list().keys() == {"a.bin"}
+    assert storage.read_bytes("a.bin") == b"0123"
+
+
+def test_what_is_missing_or_forbidden_is_no_outage(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        LocalStorage(tmp_path).open("a.bin")
+    with pytest.raises(IsADirectoryError):
+        LocalStorage(tmp_path).read_bytes("")

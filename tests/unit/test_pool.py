@@ -71,6 +71,19 @@ def test_an_object_that_its_storage_alone_never_gives_is_set_aside(
     assert last.unit == units[1]
 
 
+def test_a_last_unit_is_not_tried_three_times_in_a_breath(
+    pool: WorkerPool, config: TokenizeConfig, units: tuple[WorkUnit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: 100.0)
+    pool._config = config.model_copy(update={"max_attempts": 3})
+    waits = []
+    for _ in range(2):
+        assert list(pool._retry_later(units[0], OUTAGE)) == []
+        pool._waiting.clear()
+        waits.append(pool._paused_until_s)
+    assert waits == [105.0, 105.0]
+
+
 def test_relative_paths_of_a_spec_start_from_the_jobs_directory(
     config: TokenizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
