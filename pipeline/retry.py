@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
@@ -154,25 +156,28 @@ def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
     retried = {
         key for unit in plan.units if isinstance(unit.details, RetryDetails) for key in unit.details.planned.keys
     }
-    names = [name for name in storage.list("rejects/") if int(stem_of(name)) < len(plan.units)]
-    with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
-        rejects = [
-            reject
-            for of_unit in threads.map(lambda name: read_rejects(storage, name), names)
-            for reject in of_unit
-            if reject.stage != RULE_STAGE and reject.key not in retried
-        ]
-    rejects.sort(key=lambda reject: _locate(reject.key, plan=plan))
     size = min(MAX_SAMPLES_PER_UNIT, 10**plan.keys.position_digits)
-    for number, start in enumerate(range(0, len(rejects), size)):
-        _write_planned(
-            storage,
-            rejects[start : start + size],
-            unit_index=len(plan.units) + number,
-            keys=plan.keys,
-            max_image_pixels=max_image_pixels,
-        )
-    return len(rejects)
+    to_retry = (
+        reject
+        for reject in _rejects_in_order(storage, num_units=len(plan.units))
+        if reject.stage != RULE_STAGE and reject.key not in retried
+    )
+    num_rejects, unit_index = 0, len(plan.units)
+    while rejects := list(islice(to_retry, size)):
+        rejects.sort(key=lambda reject: _locate(reject.key, plan=plan))
+        _write_planned(storage, rejects, unit_index=unit_index, keys=plan.keys, max_image_pixels=max_image_pixels)
+        num_rejects, unit_index = num_rejects + len(rejects), unit_index + 1
+    return num_rejects
+
+
+def _rejects_in_order(storage: Storage, *, num_units: int) -> Iterator[Reject]:
+    """Yield what each unit rejected or dropped, unit by unit; a few files are read ahead."""
+    names = [name for name in storage.list("rejects/") if int(stem_of(name)) < num_units]
+    names.sort(key=lambda name: int(stem_of(name)))
+    with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
+        for start in range(0, len(names), NUM_READ_THREADS):
+            for rejects in threads.map(partial(read_rejects, storage), names[start : start + NUM_READ_THREADS]):
+                yield from rejects
 
 
 def retried_picks(plan: Plan, *, tally: Tally) -> dict[int, list[Pick]]:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from toy_corpus import png, sample_members, write_tar
 
+from pipeline import retry
 from pipeline.config import S3Config, WebDatasetConfig
 from pipeline.ledger import LedgerRecord, Retried
-from pipeline.rejects import Counts
-from pipeline.retry import Pick, PlannedRetry, RetryDetails, RetrySource, with_retries
+from pipeline.rejects import RULE_STAGE, Counts, Reject, write_rejects
+from pipeline.retry import Pick, PlannedRetry, RetryDetails, RetrySource, plan_retries, with_retries
 from pipeline.sources.plan import KeyFormat, Plan, WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
@@ -81,6 +83,36 @@ def test_appended_units_go_on_where_their_numbers_get_a_digit_more(tmp_path: Pat
         storage.write_json(f"retries/{keys.stem(index)}.json", planned.model_dump(mode="json"))
     plan = with_retries(storage, Plan(units=units, keys=keys, class_names=None))
     assert [unit.unit_index for unit in plan.units[99:]] == [99, 100, 101]
+
+
+def test_rejects_of_all_units_are_planned_in_the_order_of_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "MAX_SAMPLES_PER_UNIT", 3)
+    units = tuple(WorkUnit(unit_index=i, name=f"{i}", fingerprint="", mark="", details=None) for i in range(11))
+    plan = Plan(units=units, keys=KeyFormat(unit_digits=1, position_digits=1), class_names=None)
+    storage = open_storage(str(tmp_path))
+
+    def reject(unit_index: int, *positions: int, stage: str = "decode") -> None:
+        keys = [plan.keys.key(unit_index, position) for position in positions]
+        rejects = [Reject(key=key, source=f"s{key}", stage=stage, reason="empty", detail="") for key in keys]
+        write_rejects(storage, f"rejects/{plan.keys.stem(unit_index)}.parquet", rejects)
+
+    reject(10, 1, 4)
+    reject(2, 0, 5)
+    reject(3, 0, 1, stage=RULE_STAGE)
+    reject(9, 7)
+    assert plan_retries(storage, plan, max_image_pixels=5) == 5
+    appended = [unit.details.planned for unit in with_retries(storage, plan).units[11:]]
+    assert [one.keys for one in appended] == [["20", "25", "97"], ["101", "104"]]
+    assert appended[0].sources == ["s20", "s25", "s97"]
+    assert [one.rejected_by_reason for one in appended] == [{"decode/empty": 3}, {"decode/empty": 2}]
+    reject(11, 0, 2)  # of the first appended unit, which tried 20 and 97 again
+    reject(12, 1)
+    assert plan_retries(storage, with_retries(storage, plan), max_image_pixels=5) == 3
+    last = with_retries(storage, plan).units[13]
+    assert last.details.planned.keys == ["110", "112", "121"]
+    assert [unit.unit_index for unit, _ in last.details.picks] == [2, 9, 10]
 
 
 def record(unit_index: int, counts: Counts, *, retried: Retried | None = None) -> LedgerRecord:
