@@ -5,7 +5,8 @@ lines. `mix`: our kernels in the parts that `attend_windows` takes (`--part-mib`
 kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
 backward read, and the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by
 the native op, by the reference, and as written first; peak memory over that of values and gradients. Medians of CUDA
-events.
+events. `--kernels` prints where the time of the native op goes instead, and its time on a device that is busy before, so
+that it waits for no launch.
 """
 
 import argparse
@@ -27,6 +28,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from plain_encoder import PlainEncoder
 
 NUM_WINDOWS, SIZE, CODEBOOK_SIZE = 32 * 255, 4, 16384
+BUSY_CYCLES = 10_000_000
+"""Some 5 ms: longer than the host takes to launch all kernels of the op."""
 
 
 def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool) -> dic
     }
 
 
-def measure_attend(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Forward and backward three ways."""
+def ways_to_attend(config: ModelConfig, *, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Any]], int]:
+    """Forward and backward three ways, and the bytes of values and gradients."""
     heads, dim = config.heads, config.dim
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -86,8 +89,13 @@ def measure_attend(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
         "reference": lambda: torch.autograd.grad(reference_attend_windows(codes, *leaves), leaves, grad),
         "plain": lambda: torch.autograd.grad(plain(codes), list(plain.parameters()), grad),
     }
+    return ways, grad.nbytes + sum(leaf.nbytes for leaf in leaves)
+
+
+def measure_attend(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Times and peaks of the three ways."""
+    ways, outputs = ways_to_attend(config, dtype=dtype)
     us = {name: median_us(take, num_turns=20) for name, take in ways.items()}
-    outputs = grad.nbytes + sum(leaf.nbytes for leaf in leaves)
     return {
         "bench": "attend",
         "dtype": str(dtype).removeprefix("torch."),
@@ -97,15 +105,31 @@ def measure_attend(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]
     }
 
 
+def show_kernels(config: ModelConfig) -> None:
+    """Print the kernels of the native op in bfloat16."""
+    take = ways_to_attend(config, dtype=torch.bfloat16)[0]["native"]
+    waiting_us, busy_us = (median_us(take, num_turns=20, busy_cycles=cycles) for cycles in (0, BUSY_CYCLES))
+    print(f"{torch.cuda.get_device_name()}: {waiting_us:.0f} us, {busy_us:.0f} us where it waits for no launch")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        take()
+        torch.cuda.synchronize()
+    print(profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
 def main() -> None:
     """Print JSON lines for each size of model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--part-mib", type=float, nargs="+", default=[mixing.ACCELERATOR_BYTES / 2**20])
+    parser.add_argument("--kernels", action="store_true", help="print the kernels of the native op instead")
     options = parser.parse_args()
     check_ops(with_cuda=True)
     for name in options.sizes:
         config = ModelConfig(size=name, window_size=SIZE)
+        if options.kernels:
+            show_kernels(config)
+            continue
         of_device = {"device": torch.cuda.get_device_name(), "size": name}
         for index, mib in enumerate(options.part_mib):
             mixing.ACCELERATOR_BYTES = int(mib * 2**20)

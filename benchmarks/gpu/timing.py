@@ -6,11 +6,19 @@ from collections.abc import Callable
 import torch
 
 
-def median_us(function: Callable[[], object], *, num_turns: int = 100) -> float:
-    """Median time of a call on the device, by CUDA events, after three calls that do not count."""
+def median_us(function: Callable[[], object], *, num_turns: int = 100, busy_cycles: int = 0) -> float:
+    """Median time of a call on the device, by CUDA events, after three calls that do not count.
+
+    Args:
+        function: what is timed.
+        num_turns: calls that count.
+        busy_cycles: for how long the device is kept busy before, so that it does not wait for the host's launches.
+    """
     times = []
     for turn in range(num_turns + 3):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if busy_cycles:
+            torch.cuda._sleep(busy_cycles)
         began.record()
         function()
         ended.record()
