@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
@@ -29,6 +28,8 @@ from pipeline.tally import Tally
 from tokenization.config import Config
 
 MAX_SAMPLES_PER_UNIT = 10_000
+MAX_INPUTS_PER_UNIT = 100
+"""Work units of the source that an appended one reads, one after the other: so that all workers have some."""
 NUM_READ_THREADS = 16
 _FOLDER = "retries/"
 
@@ -156,18 +157,33 @@ def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
     retried = {
         key for unit in plan.units if isinstance(unit.details, RetryDetails) for key in unit.details.planned.keys
     }
-    size = min(MAX_SAMPLES_PER_UNIT, 10**plan.keys.position_digits)
     to_retry = (
         reject
         for reject in _rejects_in_order(storage, num_units=len(plan.units))
         if reject.stage != RULE_STAGE and reject.key not in retried
     )
-    num_rejects, unit_index = 0, len(plan.units)
-    while rejects := list(islice(to_retry, size)):
-        rejects.sort(key=lambda reject: _locate(reject.key, plan=plan))
+    num_rejects = 0
+    for number, rejects in enumerate(_grouped(to_retry, plan=plan)):
+        unit_index = len(plan.units) + number
         _write_planned(storage, rejects, unit_index=unit_index, keys=plan.keys, max_image_pixels=max_image_pixels)
-        num_rejects, unit_index = num_rejects + len(rejects), unit_index + 1
+        num_rejects += len(rejects)
     return num_rejects
+
+
+def _grouped(rejects: Iterable[Reject], *, plan: Plan) -> Iterator[list[Reject]]:
+    """Yield the rejects of each appended unit, in the order of the input: not too many, from not too many inputs."""
+    size = min(MAX_SAMPLES_PER_UNIT, 10**plan.keys.position_digits)
+    group: list[Reject] = []
+    inputs: set[int] = set()
+    for reject in rejects:
+        input_index, _ = _locate(reject.key, plan=plan)
+        if len(group) == size or len(inputs | {input_index}) > MAX_INPUTS_PER_UNIT:
+            yield sorted(group, key=lambda one: _locate(one.key, plan=plan))
+            group, inputs = [], set()
+        group.append(reject)
+        inputs.add(input_index)
+    if group:
+        yield sorted(group, key=lambda one: _locate(one.key, plan=plan))
 
 
 def _rejects_in_order(storage: Storage, *, num_units: int) -> Iterator[Reject]:

@@ -85,34 +85,48 @@ def test_appended_units_go_on_where_their_numbers_get_a_digit_more(tmp_path: Pat
     assert [unit.unit_index for unit in plan.units[99:]] == [99, 100, 101]
 
 
+def reject_of(key: str, *, stage: str = "decode") -> Reject:
+    return Reject(key=key, source=f"s{key}", stage=stage, reason="empty", detail="")
+
+
+@pytest.mark.parametrize(
+    ("max_inputs", "groups"), [(9, [["20", "25", "97"], ["101", "104"]]), (1, [["20", "25"], ["97"], ["101", "104"]])]
+)
 def test_rejects_of_all_units_are_planned_in_the_order_of_the_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_inputs: int, groups: list[list[str]]
 ) -> None:
     monkeypatch.setattr(retry, "MAX_SAMPLES_PER_UNIT", 3)
+    monkeypatch.setattr(retry, "MAX_INPUTS_PER_UNIT", max_inputs)
     units = tuple(WorkUnit(unit_index=i, name=f"{i}", fingerprint="", mark="", details=None) for i in range(11))
     plan = Plan(units=units, keys=KeyFormat(unit_digits=1, position_digits=1), class_names=None)
     storage = open_storage(str(tmp_path))
 
-    def reject(unit_index: int, *positions: int, stage: str = "decode") -> None:
-        keys = [plan.keys.key(unit_index, position) for position in positions]
-        rejects = [Reject(key=key, source=f"s{key}", stage=stage, reason="empty", detail="") for key in keys]
-        write_rejects(storage, f"rejects/{plan.keys.stem(unit_index)}.parquet", rejects)
-
-    reject(10, 1, 4)
-    reject(2, 0, 5)
-    reject(3, 0, 1, stage=RULE_STAGE)
-    reject(9, 7)
+    write_rejects(storage, "rejects/10.parquet", [reject_of("101"), reject_of("104")])
+    write_rejects(storage, "rejects/2.parquet", [reject_of("20"), reject_of("25")])
+    write_rejects(storage, "rejects/3.parquet", [reject_of("30", stage=RULE_STAGE)])
+    write_rejects(storage, "rejects/9.parquet", [reject_of("97")])
     assert plan_retries(storage, plan, max_image_pixels=5) == 5
     appended = [unit.details.planned for unit in with_retries(storage, plan).units[11:]]
-    assert [one.keys for one in appended] == [["20", "25", "97"], ["101", "104"]]
-    assert appended[0].sources == ["s20", "s25", "s97"]
-    assert [one.rejected_by_reason for one in appended] == [{"decode/empty": 3}, {"decode/empty": 2}]
-    reject(11, 0, 2)  # of the first appended unit, which tried 20 and 97 again
-    reject(12, 1)
-    assert plan_retries(storage, with_retries(storage, plan), max_image_pixels=5) == 3
-    last = with_retries(storage, plan).units[13]
-    assert last.details.planned.keys == ["110", "112", "121"]
-    assert [unit.unit_index for unit, _ in last.details.picks] == [2, 9, 10]
+    assert [one.keys for one in appended] == groups
+    assert [one.sources for one in appended] == [[f"s{key}" for key in group] for group in groups]
+    assert [one.rejected_by_reason for one in appended] == [{"decode/empty": len(group)} for group in groups]
+
+
+def test_rejects_of_a_retry_are_planned_again_at_their_places_in_the_input(tmp_path: Path) -> None:
+    units = tuple(WorkUnit(unit_index=i, name=f"{i}", fingerprint="", mark="", details=None) for i in range(11))
+    plan = Plan(units=units, keys=KeyFormat(unit_digits=1, position_digits=1), class_names=None)
+    storage = open_storage(str(tmp_path))
+    write_rejects(storage, "rejects/10.parquet", [reject_of("101"), reject_of("104")])
+    write_rejects(storage, "rejects/2.parquet", [reject_of("20"), reject_of("25")])
+    assert plan_retries(storage, plan, max_image_pixels=5) == 4
+    write_rejects(storage, "rejects/11.parquet", [reject_of("110"), reject_of("112")])  # 20 and 101
+    assert plan_retries(storage, with_retries(storage, plan), max_image_pixels=5) == 2
+    last = with_retries(storage, plan).units[12]
+    assert last.details.planned.keys == ["110", "112"]
+    assert [(unit.unit_index, picks) for unit, picks in last.details.picks] == [
+        (2, (Pick(0, "s110"),)),
+        (10, (Pick(1, "s112"),)),
+    ]
 
 
 def record(unit_index: int, counts: Counts, *, retried: Retried | None = None) -> LedgerRecord:
