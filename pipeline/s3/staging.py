@@ -1,7 +1,8 @@
 """Local directories for files on their way to S3: gone after their upload, and after the process that made them.
 
 The invariant: a living process holds a lock (`flock`) on its directory, which the kernel frees with the process; so a
-later run on the machine removes what a killed one left, and never what a living one needs.
+later run on the machine removes what a killed one left, and never what a living one needs: its driver at the start, a
+worker on another machine before it stages its first file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PREFIX = "tensorar-stage-"
@@ -23,6 +25,7 @@ YOUNG_S = 60.0
 @contextlib.contextmanager
 def staging_directory() -> Iterator[Path]:
     """Yield a new, locked directory below TMPDIR; it is removed on any exit."""
+    _remove_dead_once(os.getpid())
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as directory, _locked(Path(directory)):
         yield Path(directory)
 
@@ -38,6 +41,11 @@ def remove_dead_directories() -> int:
                     shutil.rmtree(directory)
                 num_removed += 1
     return num_removed
+
+
+@cache
+def _remove_dead_once(process_id: int) -> None:
+    remove_dead_directories()
 
 
 @contextlib.contextmanager
