@@ -46,8 +46,8 @@ def check_identity(
     plan: Plan,
     fingerprint: Fingerprint,
     free: Collection[str] = (),
-) -> None:
-    """Write `plan.json`, or check that it says what this job would write.
+) -> dict[str, Any]:
+    """Write `plan.json`, or check that it says what this job would write; returns what it says.
 
     Args:
         storage: of the set.
@@ -68,7 +68,7 @@ def check_identity(
                 f"tokenize {storage}: plan.json is missing beside a ledger; use another run_dir"
             ) from None
         storage.write_json(PLAN_NAME, now)
-        return
+        return now
     except ValueError as error:
         raise ArtifactError(f"tokenize {storage}: plan.json must be JSON, got {error}; use another run_dir") from error
     differing = [text for name, text in _differences(begun_with, now) if name not in free]
@@ -78,6 +78,7 @@ def check_identity(
             f"tokenize {storage}: the job must be the one the directory was begun with, got "
             f"{', '.join(differing[:MAX_NAMED_FIELDS])}{more}; use another run_dir or undo the change"
         )
+    return {**begun_with}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ class _Job:
         tokenizer = Tokenizer.load(config.tokenizer)
         with storage.exclusive():
             num_leftovers = storage.remove_staged()
-            check_identity(
+            begun_with = check_identity(
                 storage,
                 config=config,
                 plan=source_plan,
@@ -102,6 +102,9 @@ class _Job:
                 num_retried = plan_retries(storage, plan, max_image_pixels=config.max_image_pixels)
                 logger.info("tokenize %s: rejects_to_retry=%d", storage, num_retried)
                 plan = with_retries(storage, source_plan)
+                # The limit of the retry is in its units; any other unit that is done again keeps its own.
+                of_set = {"max_image_pixels": begun_with["max_image_pixels"]}
+                config = self._config = config.model_copy(update=of_set)
             ledger = Ledger(storage)
             found = find_finished(
                 storage,

@@ -173,6 +173,18 @@ def test_a_second_retry_takes_only_what_the_first_left(root: Path) -> None:
     assert verify_shard_set(storage) == []
 
 
+def test_a_unit_done_again_during_a_retry_with_a_higher_limit_keeps_its_own(root: Path) -> None:
+    run(root, "retry-rejects", "--set", "max_image_pixels=100000")
+    whole = files_of(root / "set")
+    assert totals_of(root) == (18, 15, 3)
+    (root / "set" / "shards" / "00001.tar").unlink()
+    run(root, "retry-rejects", "--set", "max_image_pixels=100000")
+    assert totals_of(root) == (18, 15, 3)
+    shards = {name for name in whole if name.startswith("shards/")}
+    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
+    assert verify_shard_set(open_storage(str(root / "set"))) == []
+
+
 def test_a_retry_that_was_planned_and_killed_is_done_by_the_next_run(root: Path) -> None:
     run(root, "retry-rejects")
     whole = files_of(root / "set")
