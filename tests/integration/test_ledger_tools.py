@@ -63,6 +63,12 @@ def run(root: Path, command: str, *words: str) -> Result:
     return result
 
 
+def data_of(root: Path) -> dict[str, bytes]:
+    """The files of the set that a run writes for others to read: all but its ledger and plans."""
+    read_by_others = ("shards/", "rejects/", "manifest")
+    return {name: data for name, data in files_of(root / "set").items() if name.startswith(read_by_others)}
+
+
 def totals_of(root: Path) -> tuple[int, int, int]:
     totals = read_manifest(open_storage(str(root / "set"))).totals
     return totals.num_read, totals.num_written, totals.num_rejected
@@ -107,7 +113,7 @@ def test_a_record_lost_after_its_rejects_were_mended_repeats_no_sample(
 ) -> None:
     (root / "tree" / "apple" / "2.png").write_bytes(png(2))
     run(root, "retry-rejects")
-    whole, record = files_of(root / "set"), root / "set" / "ledger" / "00000.json"
+    whole, record = data_of(root), root / "set" / "ledger" / "00000.json"
     kept = record.read_bytes()
     if has_killed_retry:
         (root / "set" / "ledger" / "00003.json").unlink()
@@ -121,20 +127,18 @@ def test_a_record_lost_after_its_rejects_were_mended_repeats_no_sample(
     assert files_of(root / "set") == damaged
     record.write_bytes(kept)
     run(root, "run")
-    shards = {name for name in whole if name.startswith(("shards/", "rejects/", "manifest"))}
-    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
+    assert data_of(root) == whole
 
 
 def test_a_record_lost_after_a_retry_of_unchanged_input_is_made_anew(root: Path) -> None:
     run(root, "retry-rejects")
-    whole = files_of(root / "set")
+    whole = data_of(root)
     (root / "set" / "ledger" / "00000.json").unlink()
     (root / "set" / "ledger" / "00001.json").write_bytes(b"{")
     run(root, "run")
     assert totals_of(root) == (18, 14, 4)
     assert verify_shard_set(open_storage(str(root / "set"))) == []
-    shards = {name for name in whole if name.startswith(("shards/", "rejects/", "manifest"))}
-    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
+    assert data_of(root) == whole
 
 
 def test_a_shard_lost_after_a_retry_of_unchanged_input_is_made_anew(root: Path) -> None:
@@ -175,13 +179,14 @@ def test_a_second_retry_takes_only_what_the_first_left(root: Path) -> None:
 
 def test_a_unit_done_again_during_a_retry_with_a_higher_limit_keeps_its_own(root: Path) -> None:
     run(root, "retry-rejects", "--set", "max_image_pixels=100000")
-    whole = files_of(root / "set")
+    whole = data_of(root)
     assert totals_of(root) == (18, 15, 3)
     (root / "set" / "shards" / "00001.tar").unlink()
     run(root, "retry-rejects", "--set", "max_image_pixels=100000")
     assert totals_of(root) == (18, 15, 3)
-    shards = {name for name in whole if name.startswith("shards/")}
-    assert {name: files_of(root / "set")[name] for name in shards} == {name: whole[name] for name in shards}
+    assert {name: data_of(root)[name] for name in whole if name.startswith("shards/")} == {
+        name: data for name, data in whole.items() if name.startswith("shards/")
+    }
     assert verify_shard_set(open_storage(str(root / "set"))) == []
 
 

@@ -42,10 +42,11 @@ class SumPartsBody {
 
   HOST_DEVICE void sum_stripe(int thread) const {
     Columns<CHUNK> sums{};
-    if (left(thread) > 0)
+    if (left(thread) > 0) {
       UNROLLED_BY_4
       for (int64_t part = thread / CHUNKS; part < sum.num_parts; part += STRIPES)
         add(sums, read_columns<Access, CHUNK>(sum.parts_PE + part * sum.num_elements + element(thread), left(thread)));
+    }
     write_aligned(stripes + thread * CHUNK, sums);
   }
 
