@@ -39,6 +39,7 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")  # its exporter needs the dashboard agent
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours have an environment, so none would be used
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a GPU-less worker keeps its environment
     # Ray runs workers at nice 15, where anything else that runs on the machine starves them; here they are the job.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -92,6 +92,7 @@ class UnitTokenizer:
 
         Raises:
             ArtifactError: the weights that this process sees are others.
+            RuntimeError: the network does not run here.
         """
         if directory is not None and Path(directory).is_dir():
             os.chdir(directory)
@@ -110,12 +111,27 @@ class UnitTokenizer:
                 f"load tokenizer {config.tokenizer.weights}: fingerprint must be {fingerprint_digest} everywhere, "
                 f"got {digest}; copy the same weights to all of them"
             )
+        self._run_once()
         # On one core with the encoder a thread only takes turns with it, and each turn costs both.
         has_own_core = config.cluster.gpus_per_worker > 0 or num_threads > 1
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prepare") if has_own_core else None
         self._encoder = threading.Lock()
         self._running: dict[int, _Unit] = {}
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    def _run_once(self) -> None:
+        """Encode a blank image: what the network lacks, memory or a compiler, shows here, where no unit is to blame."""
+        tokenizer = self._config.tokenizer
+        blank_NHWC = np.zeros((1, tokenizer.image_size_px, tokenizer.image_size_px, 3), dtype=np.uint8)
+        try:
+            self._tokenizer.encode(blank_NHWC)
+        except Exception as error:  # of any kind: torch's, the compiler's, the driver's
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise RuntimeError(
+                f"encode a first batch: tokenizer {tokenizer.weights} must run with batch_size {tokenizer.batch_size}, "
+                f"dtype {tokenizer.dtype}, compile_mode {tokenizer.compile_mode}, got {type(error).__name__}: "
+                f"{reason}; mend that or change the setting"
+            ) from error
 
     def num_read(self) -> int:
         """Return how many samples of the units at hand were read so far; may be called from another thread."""

@@ -7,6 +7,7 @@ of the source image it shows. A step that would change nothing is left out. Nati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
@@ -37,10 +38,10 @@ class Views:
     images_VHWC: npt.NDArray[np.uint8]
     """uint8, RGB, (V, image_size_px, image_size_px, 3); may be read-only."""
     boxes: tuple[ViewBox, ...]
-    """The source region of each view, in the same order."""
+    """The source region of each view, in the same order; images of one size share them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Square:
     """A centre crop: the size that the source has when it is cropped, the left and top there, and the scale."""
 
@@ -57,6 +58,7 @@ class _Square:
     """
 
 
+@lru_cache(maxsize=4096)  # as `_boxes`: 2 us each, and most corpora have few sizes
 def _square(width: int, height: int, size_px: int) -> _Square:
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageRejectedError(
@@ -188,6 +190,7 @@ def make_views(image: Image.Image, *, config: ViewsConfig, image_size_px: int) -
     return Views(images_VHWC=np.stack((view, _mirror(view))), boxes=boxes)
 
 
+@lru_cache(maxsize=4096)
 def _boxes(
     square: _Square, lefts_tops: tuple[tuple[int, int], ...], size_px: int, *, flipped: bool
 ) -> tuple[ViewBox, ...]:

@@ -13,7 +13,6 @@ import logging
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from PIL import Image
 
 from tokenization.build_pixels import LIBRARY, sources_mark
@@ -96,11 +95,16 @@ def center_crop(
     Raises:
         ValueError: the image is in several pieces, as Pillow keeps those of more than 16 MiB.
     """
-    memory = pa.array(image).values.buffers()[1]
+    memory = image.__arrow_c_array__()[1]
+    array = _address(memory, b"arrow_array")
     crop = np.empty((size_px, size_px, 3), dtype=np.uint8)
-    status = library.center_crop(memory.address, image.width, image.height, size_px, *resized_px, crop.ctypes.data)
+    status = library.center_crop(array, image.width, image.height, size_px, *resized_px, crop.ctypes.data)
     _check_memory(status)
     return crop
+
+
+_address = ctypes.pythonapi.PyCapsule_GetPointer
+_address.restype, _address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
 def _check_memory(status: int) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def to_network_range(images_NHWC: np.ndarray, *, device: torch.device) -> Tensor:
-    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W) in -1..1."""
+    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W) in -1..1, in the channels-last memory they come in."""
     images = torch.from_numpy(np.ascontiguousarray(images_NHWC)).to(device)
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def to_pixels(images_BCHW: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Tokenizer:
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=use_bfloat16),
         ):
-            return self._encode(images_BCHW.contiguous(memory_format=torch.channels_last))
+            return self._encode(images_BCHW)
 
     @torch.inference_mode()
     def _decode_batch(self, codes_BHW: Tensor) -> Tensor:

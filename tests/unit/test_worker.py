@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch._inductor.config
 from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
 
 from pipeline.config import RulesConfig, TokenizeConfig
@@ -75,7 +76,7 @@ def test_batches_are_full_but_for_the_last_also_where_views_straddle_them(
     monkeypatch.setattr(Tokenizer, "encode", watched)
     monkeypatch.setattr("pipeline.worker.IMAGES_IN_A_ROW", in_a_row)
     run(config_of(tmp_path, weights, views={"kind": "ten_crop"}))
-    assert sizes == expected  # encode takes them in batches of 4
+    assert sizes == [1, *expected]  # first a blank image; encode takes them in batches of 4
 
 
 def test_metadata_tells_where_a_sample_comes_from(tmp_path: Path, weights: Path) -> None:
@@ -171,3 +172,22 @@ def test_other_weights_on_a_worker_are_refused(tmp_path: Path, weights: Path) ->
 )
 def test_rules_are_inclusive_at_their_limit(width_px: int, height_px: int, expected: str | None) -> None:
     assert broken_rule(width_px, height_px, rules=RulesConfig(min_side_px=32, max_aspect_ratio=3.0)) == expected
+
+
+def test_a_network_that_does_not_run_is_the_workers_fault_and_no_units(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "00000.tar", sample_members(0))
+    config = config_of(tmp_path, weights)
+    compiled = config.tokenizer.model_copy(update={"compile_mode": "default"})
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # nothing compiled before is found
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("/bin/false",)}),  # type: ignore[attr-defined]
+        pytest.raises(
+            RuntimeError,
+            match=r"a first batch: tokenizer .*tiny.* must run with batch_size 4, dtype float32, compile_mode default, "
+            r"got InductorError: InvalidCxxCompiler: .*; mend that or change the setting",
+        ),
+    ):
+        run(config.model_copy(update={"tokenizer": compiled}))
+    assert not (tmp_path / "set").exists()

@@ -298,8 +298,8 @@ OwnImage halved(const Image& image) {
 }
 
 void pack(const Image& image, int64_t left, int64_t top, int64_t size, uint8_t* to) {
-  for (int64_t row = 0; row < size; ++row)
-    BEST_OF(pack_row)(image.row(top + row) + left * 4, size, to + row * size * 3);
+  const auto pack_one = BEST_OF(pack_row);
+  for (int64_t row = 0; row < size; ++row) pack_one(image.row(top + row) + left * 4, size, to + row * size * 3);
 }
 
 void center_crop(Image image, int64_t size, int64_t width, int64_t height, uint8_t* to) {
@@ -316,12 +316,25 @@ void center_crop(Image image, int64_t size, int64_t width, int64_t height, uint8
 }  // namespace
 }  // namespace tensorar
 
+// What owns an image's memory, as Pillow hands it out: the child's second buffer is the pixels.
+//
+// Source: Apache Arrow, "The Arrow C data interface".
+struct ArrowArray {
+  int64_t length, null_count, offset, n_buffers, n_children;
+  const void** buffers;
+  ArrowArray** children;
+  ArrowArray* dictionary;
+  void (*release)(ArrowArray*);
+  void* private_data;
+};
+
 // Writes (size, size, 3) bytes: the centre of an image, halved while both sides are twice `size` or more, then resized to
 // resized_width * resized_height. Returns 1, or -1 where there is no memory for it.
-extern "C" __attribute__((visibility("default"))) int32_t center_crop(const uint8_t* pixels, int64_t width, int64_t height,
+extern "C" __attribute__((visibility("default"))) int32_t center_crop(const ArrowArray* image, int64_t width, int64_t height,
                                                                    int64_t size, int64_t resized_width,
                                                                    int64_t resized_height, uint8_t* to) {
   try {
+    const auto pixels = static_cast<const uint8_t*>(image->children[0]->buffers[1]);
     tensorar::center_crop({pixels, width, height}, size, resized_width, resized_height, to);
     return 1;
   } catch (const std::bad_alloc&) {

@@ -32,13 +32,15 @@ static ALWAYS_INLINE void store(uint8_t* to, Channels channels) {
 }
 
 static ALWAYS_INLINE Channels magnitude(Channels a) { return a < 0 ? -a : a; }
+static ALWAYS_INLINE Channels smaller(Channels a, Channels b) { return a < b ? a : b; }
 
-// The one of left, above and corner that is nearest to left + above - corner.
+// The one of left, above and corner that is nearest to left + above - corner. As little as can be waits for `left`, the
+// pixel before: that chain is what a row of this filter takes.
 static ALWAYS_INLINE Channels paeth(Channels left, Channels above, Channels corner) {
-  const Channels to_left = magnitude(above - corner), to_above = magnitude(left - corner),
-                 to_corner = magnitude(above + left - corner - corner);
+  const Channels step = above - corner, to_left = magnitude(step), opposite = step - corner;
+  const Channels to_above = magnitude(left - corner), to_corner = magnitude(left + opposite);
   const Channels of_two = to_above <= to_corner ? above : corner;
-  return ((to_left <= to_above) & (to_left <= to_corner)) ? left : of_two;
+  return to_left <= smaller(to_above, to_corner) ? left : of_two;
 }
 
 // Undoes the filter of one row in place; `above` is the row before, undone, or zeros.
