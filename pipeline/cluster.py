@@ -62,7 +62,10 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
 
 def _join(address: str, *, log_to_driver: bool) -> None:
     """Join a cluster. Ray itself would wait for minutes at an address where nobody listens."""
-    advice = "check cluster.address, start a cluster there (ray start --head), or set cluster.address: local"
+    advice = (
+        "check cluster.address, start a cluster there (ray start --head), set RAY_AUTH_MODE=token and bring its token "
+        "file if it asks for one, or set cluster.address: local"
+    )
     host, colon, port = address.rpartition(":")
     try:
         if colon and port.isdigit():
