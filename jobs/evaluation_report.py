@@ -17,11 +17,11 @@ from jobs.evaluation_charts import flip_chart, flip_grid, offset_chart, tuning_c
 from pipeline.preview import png_data_uri
 from pipeline.storage import Storage, open_storage
 from training.evaluation.config import EvaluateConfig
-from training.evaluation.evaluate import read_evaluation, run_evaluate
+from training.evaluation.evaluate import REPORT_NAME, read_evaluation, run_evaluate
+from training.evaluation.neighbours import is_near_duplicate
 from training.evaluation.pictures import PICTURES_NAME
 from training.evaluation.tuning import fields_at_edge
 
-REPORT_NAME = "report.html"
 MAX_CLASS_LINES = 40
 MEASURES = (
     ("frechet_distance", "Frechet distance", "lower is better; biased upwards, the more the fewer images"),
@@ -231,15 +231,20 @@ def _strips(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dic
 
 
 def _nearest(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    pairs = result["pictures"]["nearest"]
+    distances_N = np.array([pair["distance"] for pair in pairs])
+    threshold = 0.0 if result["memorised"] is None else result["memorised"]["threshold"]
     return [
         {
             "name": _class_name(result, pair["label"]),
             "distance": f"{pair['distance']:.3f}",
-            "is_repeated": pair["distance"] < result["memorised"]["threshold"],
+            "is_repeated": is_repeated,
             "sample": png_data_uri(pictures["nearest_samples"][index]),
             "training": png_data_uri(pictures["nearest_training"][index]),
         }
-        for index, pair in enumerate(result["pictures"]["nearest"])
+        for index, (pair, is_repeated) in enumerate(
+            zip(pairs, is_near_duplicate(distances_N, threshold=threshold).tolist(), strict=True)
+        )
     ]
 
 

@@ -63,7 +63,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "validation",
         "wandb_project",
     ),
-    "sample": ("batch_size", "device"),
+    "sample": ("batch_size", "device", "ops"),
     "evaluate": EVALUATE_FREE_FIELDS,
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
@@ -144,7 +144,7 @@ def remember_spec(spec: Spec) -> None:
         old = _with_new_fields(_read(storage), spec)
         if old == new:
             return
-        differing = [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, spec.kind)]
+        differing = _binding_differences(old, new, kind=spec.kind)
         if differing and _has_begun(storage, kind=str(old.get("kind"))):
             raise ArtifactError(
                 f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: "
@@ -155,6 +155,24 @@ def remember_spec(spec: Spec) -> None:
                 storage.write_json(SPEC_NAME, new)
             return
     storage.write_json(SPEC_NAME, new)
+
+
+def difference_from(storage: Storage, spec: Spec) -> str | None:
+    """Fields in which the spec that a directory was run with differs from this one; None if nothing binding does.
+
+    Raises:
+        ArtifactError: the directory's spec.json is damaged.
+    """
+    if storage.find(SPEC_NAME) is None:
+        return None
+    old, new = _with_new_fields(_read(storage), spec), spec.model_dump(mode="json")
+    differing = _binding_differences(old, new, kind=spec.kind)
+    return _told(differing) if differing else None
+
+
+def _binding_differences(old: dict[str, Any], new: dict[str, Any], *, kind: str) -> list[tuple[str, Any, Any]]:
+    """The differences in fields that are not free."""
+    return [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, kind)]
 
 
 def _local(run_dir: str) -> Storage:

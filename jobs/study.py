@@ -18,8 +18,8 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from jobs.grid import Study, StudyRun
-from jobs.results import find_run
-from jobs.run import RunStoppedError, remember_spec, run_spec
+from jobs.results import Found, find_run
+from jobs.run import RunStoppedError, difference_from, remember_spec, run_spec
 from jobs.study_report import REPORT_NAME, report_page
 from jobs.study_results import (
     STUDY_NAME,
@@ -32,7 +32,7 @@ from jobs.study_results import (
 )
 from jobs.study_table import markdown
 from pipeline.local_storage import local_path
-from pipeline.storage import S3_SCHEME, DirectoryInUseError, Storage, open_storage
+from pipeline.storage import S3_SCHEME, ArtifactError, DirectoryInUseError, Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +91,23 @@ def read_results(study: Study) -> StudyResult:
     storage, results = _storage(study), []
     for run in study.runs:
         directory = open_storage(run.spec.run_dir, s3=study.s3)
-        found = find_run(directory, kind=study.kind, spec=run.spec.model_dump(mode="json"))
+        found = _found(run, directory)
         claim = claim_of(storage, run.name, s3=study.s3)
         results.append(result_of_run(directory, claim, name=run.name, cases=run.cases, found=found))
     return StudyResult(kind=study.kind, run_dir=study.run_dir, runs=tuple(results))
+
+
+def _found(run: StudyRun, directory: Storage) -> Found:
+    """What a run's files say, if they are those of its spec."""
+    found = find_run(directory, kind=run.spec.kind, spec=run.spec.model_dump(mode="json"))
+    try:
+        difference = difference_from(directory, run.spec)
+    except ArtifactError as error:
+        return Found(problem=str(error))
+    if found.is_done and difference is not None:
+        rule = f"{directory} must hold a run of this spec, but these fields differ: {difference}"
+        return Found(problem=f"{rule}; run the study into another run_dir, or remove the run's")
+    return found
 
 
 def _storage(study: Study) -> Storage:
@@ -181,7 +194,7 @@ class _Worker:
 
 
 def _is_done(run: StudyRun, directory: Storage) -> bool:
-    return find_run(directory, kind=run.spec.kind, spec=run.spec.model_dump(mode="json")).is_done
+    return _found(run, directory).is_done
 
 
 def publish(study: Study, storage: Storage, *, with_report: bool = True) -> StudyResult:

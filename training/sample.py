@@ -68,17 +68,24 @@ def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | N
 def is_finished(config: SampleConfig) -> bool:
     """Whether the run directory already holds the samples of this spec and these weights.
 
+    Samples outlive weights that are removed, with a warning.
+
     Raises:
         ArtifactError: it holds samples of another spec, or the weights have changed since (a run that trained on).
     """
     path = local_path(config.run_dir) / RESULT
     if not path.exists():
         return False
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtifactError(
+            f"read {path}: it must be the JSON of a finished run, got {error}; remove it to sample again"
+        ) from error
     before = SampleConfig.model_validate(result["spec"]).model_dump(mode="json")  # fields since then: their defaults
     now = config.model_dump(mode="json")
     differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
-    if not differing and digest_of(find_weights(config.weights)) != result["weights"]["sha256"]:
+    if not differing and not _has_weights(config, sha256=result["weights"]["sha256"]):
         differing = [f"content of weights (then of step {result['weights']['step']})"]
     if differing:
         raise ArtifactError(
@@ -86,6 +93,15 @@ def is_finished(config: SampleConfig) -> bool:
             f"{', '.join(differing)}; use another run_dir"
         )
     return True
+
+
+def _has_weights(config: SampleConfig, *, sha256: str) -> bool:
+    """Whether the weights are still the same, or gone."""
+    try:
+        return digest_of(find_weights(config.weights)) == sha256
+    except ArtifactError as error:
+        logger.warning("sample run_dir=%s keeps its samples; its weights cannot be compared: %s", config.run_dir, error)
+        return True
 
 
 def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int, int], None] | None) -> None:
@@ -134,7 +150,7 @@ def pick_device(name: str) -> torch.device:
     names = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{index}" for index in range(num_gpus))]
     if name not in ["auto", *names]:
         raise ValueError(
-            f"pick the device of a sample job: device must be one of auto, {', '.join(names)} on this machine, "
+            f"pick the device: device must be one of auto, {', '.join(names)} on this machine, "
             f"got {name!r}; set device: auto"
         )
     return torch.device(("cuda" if num_gpus else "cpu") if name == "auto" else name)
@@ -215,6 +231,7 @@ def _write_images(run_dir: Path, sampled: SampledCodes, images_NHWC: Images, *, 
 def _write_strip(run_dir: Path, sampled: SampledCodes, tokenizer: Tokenizer, *, num_images: int) -> dict[str, Any]:
     num_samples, _, window_size = sampled.drafts_NTK.shape
     if window_size == 1 or num_images == 0:
+        (run_dir / "strip.png").unlink(missing_ok=True)  # of a run that was killed before its samples.json
         reason = "window_size is 1: nothing is refined" if window_size == 1 else "num_strip_images is 0"
         return {"strip": None, "strip_reason": reason}
     count = min(num_images, num_samples)

@@ -106,7 +106,7 @@ def load_model(
         s3: how S3 is reached.
 
     Raises:
-        ArtifactError: there is no such thing, it is damaged, or it is not ours.
+        ArtifactError: there is no such thing, it is damaged, it is not ours, or a weight is not finite.
     """
     place = find_weights(path, s3=s3)
     if isinstance(place, RunCheckpoint):
@@ -117,6 +117,7 @@ def load_model(
         # Copies in aligned memory: a mapped file's tensors start anywhere, and products round by their alignment.
         state = {name: value.clone() for name, value in _read_tensors(place).items()}
     _check_keys(f"load weights {_url_of(place)}", expected=_expected_shapes(header.config), found=state)
+    _check_finite(f"load weights {_url_of(place)}", state)
     with torch.device("meta"):
         model = TensorAR(header.config)
     model.load_state_dict(state, assign=True)
@@ -257,6 +258,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _expected_shapes(config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         return dict(TensorAR(config).state_dict())
+
+
+def _check_finite(doing: str, state: dict[str, Tensor]) -> None:
+    """Refuse weights that would sample the same code for ever."""
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise ArtifactError(
+            f"{doing}: every weight must be finite, got NaN or infinity in {len(broken)} tensors, {broken[0]} first; "
+            "take an earlier checkpoint"
+        )
 
 
 def _check_keys(doing: str, *, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

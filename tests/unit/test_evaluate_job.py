@@ -282,3 +282,72 @@ def test_tuning_may_leave_the_tokenizer_out(finished: EvaluateConfig, tmp_path: 
         drawn_NF = np.load(tmp_path / "evaluation" / "stages" / f"tuning/{index:04d}" / "00000.npz")["features"]
         expected = frechet_distance(drawn_NF, reference.tuning.decoded_NF)
         assert entry["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_report_without_nearest_pairs_is_whole(copied: EvaluateConfig, tmp_path: Path) -> None:
+    config = copied.model_copy(
+        update={"run_dir": str(tmp_path / "new"), "shown": copied.shown.model_copy(update={"num_nearest": 0})}
+    )
+    evaluate_and_report(config)
+    result = read_evaluation(open_storage(config.run_dir))
+    assert result["pictures"]["nearest"] == []
+    assert result["memorised"]["samples"]["num_images"] == 14
+    assert "Nearest training images" in (tmp_path / "new" / "report.html").read_text()
+
+
+def test_a_stride_beyond_a_window_is_refused_before_anything_is_made(copied: EvaluateConfig, tmp_path: Path) -> None:
+    assert copied.control is not None
+    strided = copied.sampler.model_copy(update={"stride": 3})
+    narrow = write_model(
+        tmp_path / "narrow.safetensors", tokenizer=Tokenizer.load(copied.tokenizer), window_size=2, seed=6
+    )
+    control = copied.control.model_copy(update={"weights": str(narrow)})
+    cases = [
+        (
+            {"sampler": strided.model_copy(update={"stride": 4})},
+            r"model\.safetensors: sampler\.stride must .* = 3\], got 4",
+        ),
+        (
+            {"sampler": strided, "control": control},
+            r"narrow\.safetensors: sampler\.stride, the control's too .* = 2\], got 3",
+        ),
+        (
+            {"control": control.model_copy(update={"sampler": strided})},
+            r"narrow\.safetensors: control\.sampler\.stride must be in \[1, its window_size = 2\], got 3; lower it",
+        ),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run_evaluate(copied.model_copy(update={"run_dir": str(tmp_path / "new")} | changes))
+    assert not (tmp_path / "new" / "stages").exists()
+
+
+def test_what_another_job_left_is_not_taken_for_this_ones(finished: EvaluateConfig, copied: EvaluateConfig) -> None:
+    run_dir = Path(copied.run_dir)
+    shutil.rmtree(run_dir / "stages")
+    (run_dir / "evaluation.json").unlink()
+    for name in ("samples.npz", "pictures.npz", "report.html"):
+        (run_dir / name).write_bytes(b"another's")
+    evaluate_and_report(copied)
+    assert (run_dir / "samples.npz").read_bytes() == (Path(finished.run_dir) / "samples.npz").read_bytes()
+    assert "Samples against real images" in (run_dir / "report.html").read_text()
+
+
+def test_an_evaluation_goes_on_with_a_program_that_has_more_fields(copied: EvaluateConfig) -> None:
+    class Later(EvaluateConfig):
+        added_since: int = 3
+
+    (Path(copied.run_dir) / "evaluation.json").unlink()
+    run_evaluate(Later.model_validate(copied.model_dump()))
+    (Path(copied.run_dir) / "evaluation.json").unlink()
+    with pytest.raises(ArtifactError, match="these have: spec"):
+        run_evaluate(Later.model_validate(copied.model_dump() | {"added_since": 4}))
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "stages/inputs.json"])
+def test_a_torn_record_is_named_with_what_to_do(copied: EvaluateConfig, name: str) -> None:
+    if name != "evaluation.json":
+        (Path(copied.run_dir) / "evaluation.json").unlink()
+    (Path(copied.run_dir) / name).write_text('{"version": 1,')
+    with pytest.raises(ArtifactError, match=rf"/{name}: it must be .* JSON.*, got .*; remove"):
+        run_evaluate(copied)

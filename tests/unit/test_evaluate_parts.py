@@ -87,6 +87,7 @@ def test_a_best_value_at_the_edge_of_those_tried_is_told() -> None:
     assert fields_at_edge(tried(p60=3.0, p75=2.0, p90=1.0)) == ("top_p",)
     assert fields_at_edge(tried(p75=3.0, p90=2.0, p100=1.0)) == ()  # there is nothing beyond 1
     assert fields_at_edge(tried(p75=1.0)) == ()
+    assert fields_at_edge(tried(p60=1.0, p75=1.0, p90=1.0)) == ()  # it makes no difference
     codes = [{"top_k": 10, "frechet_distance": 2.0}, {"top_k": 0, "frechet_distance": 1.0}]
     assert fields_at_edge(codes) == ()  # 0 is all codes
     assert fields_at_edge([codes[1] | {"frechet_distance": 3.0}, codes[0]]) == ("top_k",)

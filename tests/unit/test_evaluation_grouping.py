@@ -9,7 +9,7 @@ from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
 from training.evaluation.config import BootstrapConfig, HeldOutConfig
-from training.evaluation.grouping import held_out_groups
+from training.evaluation.grouping import group_in, held_out_groups
 from training.evaluation.intervals import Intervals
 
 INTERVALS = Intervals(BootstrapConfig(num_resamples=200), seed=3)
@@ -79,6 +79,11 @@ def test_a_field_that_is_not_there_is_told_with_the_sample(shard_set: ShardSet) 
         ArtifactError, match=r"held_out\.group_field, sample .*: group_field must be .* only concept, group"
     ):
         held_out_groups(config, shard_set, sample_indices=np.array([1]))
+
+
+def test_a_null_field_is_no_group_of_all_that_have_none() -> None:
+    with pytest.raises(ArtifactError, match=r"of sample x: group_field must be .* got 'concept', but it is null there"):
+        group_in({"concept": None, "group": "a"}, "concept", of="of sample x")
 
 
 def test_a_separator_needs_a_field() -> None:

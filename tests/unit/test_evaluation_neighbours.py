@@ -5,6 +5,7 @@ import pytest
 
 from training.evaluation import neighbours
 from training.evaluation.neighbours import (
+    is_near_duplicate,
     manifold_scores,
     near_duplicate_threshold,
     nearest,
@@ -99,7 +100,9 @@ def test_threshold_is_the_quantile_of_the_distances_to_the_nearest_other_image()
 def test_an_exact_copy_counts_where_the_training_images_have_copies_themselves() -> None:
     training = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     threshold = near_duplicate_threshold(training, quantile=0.5)
-    assert num_near_duplicates(nearest(np.array([[2.0, 0.0], [1.0, 1.0]]), training), threshold=threshold) == 1
+    found = nearest(np.array([[2.0, 0.0], [1.0, 1.0]]), training)
+    assert num_near_duplicates(found, threshold=threshold) == 1
+    assert is_near_duplicate(found.cosine_distance_N, threshold=threshold).tolist() == [True, False]
 
 
 def test_sets_without_neighbours_are_refused() -> None:

@@ -61,6 +61,18 @@ def test_a_saved_model_comes_back_with_all_it_says(tmp_path: Path) -> None:
     assert torch.equal(loaded(codes, labels), model.eval()(codes, labels))
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    model = _model(window_size=4)
+    with torch.no_grad():
+        model.output_decoder.attention.wk.weight[3, 2] = float("nan")
+    path = _save(model, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ArtifactError,
+        match=r"finite, got NaN or infinity in 1 tensors, output_decoder.attention.wk.weight first; take an",
+    ):
+        load_model(path)
+
+
 def test_saving_the_same_state_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     model = _model()
     assert (

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
+from jobs.run import run_spec
 from pipeline.storage import ArtifactError
 from tokenization.config import TokenizerConfig, VQConfig
 from tokenization.tokenizer import Tokenizer
@@ -121,6 +123,39 @@ def test_weights_that_trained_on_are_not_taken_for_those_sampled(spec: SampleCon
     _write_model(Path(spec.weights), spec.tokenizer, window_size=2)
     with pytest.raises(ArtifactError, match=r"got another content of weights \(then of step 70\)"):
         run_sample(spec)
+
+
+def test_samples_outlive_their_weights(spec: SampleConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run_sample(spec)
+    Path(spec.weights).unlink()
+    run_sample(spec)
+    assert "keeps its samples; its weights cannot be compared" in caplog.text
+
+
+def test_a_torn_record_is_named_with_what_to_do(spec: SampleConfig) -> None:
+    (run_sample(spec) / "samples.json").write_text('{"version": 1,')
+    with pytest.raises(ArtifactError, match=r"/samples\.json: it must be the JSON .*, got .*; remove it"):
+        run_sample(spec)
+
+
+def test_a_strip_of_a_killed_job_with_windows_does_not_stay(spec: SampleConfig) -> None:
+    run_dir = run_sample(spec)
+    (run_dir / "samples.json").unlink()
+    run_sample(spec.model_copy(update={"num_strip_images": 0}))
+    assert not (run_dir / "strip.png").exists()
+
+
+def test_ops_may_change_on_a_rerun(spec: SampleConfig) -> None:
+    run_spec(spec)
+    run_spec(spec.model_copy(update={"ops": "reference"}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guidance_interval", -2), ("guidance", float("inf")), ("temperature", float("nan"))]
+)
+def test_a_sampler_that_means_nothing_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=field):
+        SamplerConfig.model_validate({field: value})
 
 
 def test_a_killed_job_run_again_writes_the_same_pictures(spec: SampleConfig) -> None:

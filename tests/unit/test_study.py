@@ -298,3 +298,15 @@ def test_a_selection_of_no_study_is_refused(tmp_path: Path) -> None:
 def test_a_study_of_a_kind_that_needs_a_file_system_is_refused_on_s3(spec: Path) -> None:
     with pytest.raises(ArtifactError, match="s3://bucket/study"):
         run_study(study_of(spec, "run_dir=s3://bucket/study"))
+
+
+def test_a_run_of_another_spec_is_no_result_of_this_study(spec: Path) -> None:
+    run_study(study_of(spec), selections=["labels=apple"])
+    spec.write_text(spec.read_text().replace("apple: {labels: [1]}", "apple: {labels: [3]}"))
+    result = run_study(study_of(spec), selections=["labels=bear"])
+    assert states(result) == ["failed", "failed", "done", "done"]
+    first = result.runs[0]
+    assert first.measures == {}
+    assert "must hold a run of this spec, but these fields differ: labels (there [1], in the spec [3])" in str(
+        first.error
+    )

@@ -76,9 +76,9 @@ class TrainingSetConfig(Config):
 
     shards: str
     """Directory or s3:// URL of the training shard set; its codes are decoded."""
-    num_samples: PositiveInt | None = None
-    """Samples looked at, spread evenly over the set; none is all. Each is compared with all others, so the
-    time grows with the square."""
+    num_samples: Annotated[int, Field(ge=2)] | None = None
+    """Samples looked at, spread evenly over the set, two or more; none is all. Each is compared with all others, so
+    the time grows with the square."""
     num_views: PositiveInt = 1
     """Views of each that are looked at, from the first on; more than the set has is all."""
 

@@ -39,7 +39,14 @@ from training.evaluation.measures import (
     manifold_of,
 )
 from training.evaluation.memorised import Memorised, find_memorised
-from training.evaluation.pictures import ShownSamples, choose_shown, write_pictures, write_samples
+from training.evaluation.pictures import (
+    PICTURES_NAME,
+    SAMPLES_NAME,
+    ShownSamples,
+    choose_shown,
+    write_pictures,
+    write_samples,
+)
 from training.evaluation.samples import SamplePlan, SampleSet, draw_samples, proportional_labels, without_drafts
 from training.evaluation.stages import Arrays, Stages, joined
 from training.evaluation.tuning import tune_sampler
@@ -47,6 +54,7 @@ from training.evaluation.tuning import tune_sampler
 logger = logging.getLogger(__name__)
 
 RESULT = "evaluation.json"
+REPORT_NAME = "report.html"
 RESULT_VERSION = 1
 
 
@@ -69,7 +77,7 @@ def run_evaluate(config: EvaluateConfig) -> str:
         storage.remove_staged()
         inputs = load_inputs(config)
         stages = Stages(storage)
-        stages.check_inputs(inputs.digests)
+        stages.check_inputs(inputs.digests, products=(SAMPLES_NAME, PICTURES_NAME, REPORT_NAME))
         storage.write_json(RESULT, _Evaluation(config, inputs=inputs, stages=stages).run())
     return storage.url_of(RESULT)
 
@@ -82,7 +90,7 @@ def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
     """
     if storage.find(RESULT) is None:
         return False
-    result = json.loads(storage.read_bytes(RESULT))
+    result = _read_result(storage)
     before = {"weights": result["weights"], "control.weights": result["control"] or {"sha256": None}}
     try:
         digests = digests_of_weights(config)
@@ -109,13 +117,23 @@ def read_evaluation(storage: Storage) -> dict[str, Any]:
     """
     if storage.find(RESULT) is None:
         raise ArtifactError(f"read {storage.url_of(RESULT)}: it must be there; run the evaluate job to its end")
-    result: dict[str, Any] = json.loads(storage.read_bytes(RESULT))
+    result = _read_result(storage)
     if result.get("version") != RESULT_VERSION:
         raise ArtifactError(
             f"read {storage.url_of(RESULT)}: version must be {RESULT_VERSION}, got {result.get('version')!r}; "
             "evaluate again into another run_dir"
         )
     return result
+
+
+def _read_result(storage: Storage) -> dict[str, Any]:
+    try:
+        return dict(json.loads(storage.read_bytes(RESULT)))
+    except ValueError as error:
+        raise ArtifactError(
+            f"read {storage.url_of(RESULT)}: it must be the JSON of a finished evaluation, got {error}; remove it and "
+            "run the job again, which makes it from its parts"
+        ) from error
 
 
 class _Evaluation:

@@ -22,12 +22,12 @@ def group_in(extra: Mapping[str, Any], field: str, *, of: str) -> str:
         of: what is told in an error: the setting, and the sample.
 
     Raises:
-        ArtifactError: there is no such field.
+        ArtifactError: there is no such field, or it is null, which would make all such samples one group.
     """
-    if field not in extra:
+    if extra.get(field) is None:
+        has = "it is null there" if field in extra else f"it has only {', '.join(extra) or 'none'}"
         raise ArtifactError(
-            f"evaluate: {of}: group_field must be a field of every sample, got {field!r}, but it has only "
-            f"{', '.join(extra) or 'none'}; name one of them"
+            f"evaluate: {of}: group_field must be a field of every sample, got {field!r}, but {has}; name another"
         )
     return str(extra[field])
 

@@ -68,7 +68,8 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
 
     Raises:
         ArtifactError: something is missing or damaged, or they do not belong together.
-        ValueError: the device, the feature network or the captions' embedder is not to be had.
+        ValueError: a stride is larger than the window of the model it is for, or the device, the feature network or the
+            captions' embedder is not to be had.
         NativeOpError: they are to be used, and there are none.
     """
     device = pick_device(config.device)
@@ -77,6 +78,7 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
     if config.control is not None:
         control = _load(config, weights=config.control.weights, use_ema=config.control.use_ema, device=device)
         _check_classes(model, control)
+    _check_strides(config, model, control)
     tokenizer = Tokenizer.load(config.tokenizer, device=str(device))
     for loaded in (model, control):
         if loaded is not None:
@@ -156,15 +158,32 @@ def _check_classes(model: LoadedModel, control: LoadedModel) -> None:
         )
 
 
+def _check_strides(config: EvaluateConfig, model: LoadedModel, control: LoadedModel | None) -> None:
+    samplers = [("sampler.stride", config.sampler, model)]
+    if control is not None and config.control is not None:
+        own = config.control.sampler
+        if own is not None:
+            samplers.append(("control.sampler.stride", own, control))
+        elif control.file.config.window_size > 1:  # else it takes the sampler without its stride
+            samplers.append(("sampler.stride, the control's too without control.sampler,", config.sampler, control))
+    for name, sampler, loaded in samplers:
+        window_size = loaded.file.config.window_size
+        if sampler.stride > window_size:
+            raise ValueError(
+                f"evaluate {loaded.file.path}: {name} must be in [1, its window_size = {window_size}], got "
+                f"{sampler.stride}; lower it"
+            )
+
+
 def _digest_of_spec(config: EvaluateConfig) -> str:
-    fields = config.model_dump(mode="json")
-    for name in FREE_FIELDS:
+    # Without defaults, so that fields which a later version adds do not change it.
+    fields = config.model_dump(mode="json", exclude_defaults=True)
+    for name in ("run_dir", *FREE_FIELDS):
         *parents, field = name.split(".")
         level = fields
         for parent in parents:
-            level = level[parent]
-        del level[field]
-    del fields["run_dir"]
+            level = level.get(parent, {})
+        level.pop(field, None)
     return _digest_of(fields)
 
 

@@ -151,8 +151,12 @@ def num_near_duplicates(nearest_of_samples: Nearest, *, threshold: float) -> int
 
     Print the number for held-out real images beside it: twins of training images, which a corpus may hold, count too.
     """
-    distance_N = nearest_of_samples.cosine_distance_N
-    return int(((distance_N < threshold) | (distance_N <= 1e-9)).sum())
+    return int(is_near_duplicate(nearest_of_samples.cosine_distance_N, threshold=threshold).sum())
+
+
+def is_near_duplicate(cosine_distance_N: FloatArray, *, threshold: float) -> npt.NDArray[np.bool_]:
+    """Return which distances are below the threshold, or 0."""
+    return (cosine_distance_N < threshold) | (cosine_distance_N <= 1e-9)
 
 
 def unit_vectors(vectors_NF: AnyFeatures) -> FloatArray:

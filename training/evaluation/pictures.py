@@ -101,7 +101,7 @@ def write_pictures(
         arrays["control_grid"] = tokenizer.decode(control_grid.codes_NT)
     if samples.drafts_NTK.shape[2] > 1:
         arrays["strips"] = decode_strips(samples, shown.strips, tokenizer=tokenizer)
-    if memorised is not None and training_images is not None:
+    if memorised is not None and training_images is not None and len(memorised.sample_indices_N):
         arrays["nearest_samples"] = tokenizer.decode(samples.codes_NT[memorised.sample_indices_N])
         arrays["nearest_training"] = training_images.decode(memorised.training_indices_N)
     write_arrays(storage, PICTURES_NAME, arrays)

@@ -11,7 +11,7 @@ import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,20 +38,29 @@ class Stages:
         """Keep where they are; reads nothing."""
         self.storage = storage
 
-    def check_inputs(self, inputs: dict[str, Any]) -> None:
+    def check_inputs(self, inputs: dict[str, Any], *, products: Sequence[str] = ()) -> None:
         """Write what the parts depend on, this program's version of them included, or compare it with what is there.
 
         Args:
             inputs: JSON values by name.
+            products: files that are made of the parts; what lies there when the parts begin is another job's, and goes.
 
         Raises:
             ArtifactError: the parts that are there come from other inputs; names them.
         """
         inputs = {"stages version": STAGES_VERSION} | inputs
         if self.storage.find(INPUTS_NAME) is None:
+            for name in products:
+                self.storage.remove(name)
             self.storage.write_json(INPUTS_NAME, inputs)
             return
-        before = json.loads(self.storage.read_bytes(INPUTS_NAME))
+        try:
+            before = dict(json.loads(self.storage.read_bytes(INPUTS_NAME)))
+        except ValueError as error:
+            raise ArtifactError(
+                f"read {self.storage.url_of(INPUTS_NAME)}: it must be whole JSON, got {error}; remove the directory to "
+                "begin anew"
+            ) from error
         now = json.loads(json.dumps(inputs))
         differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
         if differing:

@@ -72,5 +72,8 @@ def _is_at_edge(name: str, best: dict[str, Any], tried: Sequence[dict[str, Any]]
     def of(entry: dict[str, Any]) -> float:
         return math.inf if name == "top_k" and entry[name] == 0 else float(entry[name])
 
+    others = {key for key in best if key not in (name, "frechet_distance")}
+    if len({entry["frechet_distance"] for entry in tried if all(entry[key] == best[key] for key in others)}) == 1:
+        return False  # it makes no difference: a draft's setting of a model without windows
     values = {of(entry) for entry in tried}
     return len(values) > 1 and of(best) in (min(values), max(values)) and (name, best[name]) not in LIMITS
