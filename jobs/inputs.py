@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.storage import ArtifactError, open_storage
-from training.checkpoint import list_checkpoints, read_record
+from training.checkpoint import newest_record
 from training.config import ModelConfig, TrainConfig
 from training.data import open_shards
 from training.ops import check_ops
@@ -56,10 +56,9 @@ def _check_warm_start(config: TrainConfig, url: str) -> None:
 def _model_of(config: TrainConfig, url: str) -> ModelConfig | None:
     """What model the weights are of; none where only reading them tells. Raises ArtifactError where there are none."""
     if "://" in url or Path(url).expanduser().is_dir():
-        storage = open_storage(url, s3=config.s3)
-        steps = list_checkpoints(storage)
-        if steps:  # the ranks verify the files; their record alone says what they are
-            return ModelConfig.model_validate(read_record(storage, steps[-1]).spec["model"])
+        record = newest_record(open_storage(url, s3=config.s3))
+        if record is not None:  # the ranks verify the files; their record alone says what they are
+            return ModelConfig.model_validate(record.spec["model"])
     place = find_weights(url, s3=config.s3)
     if not isinstance(place, Path):
         return place.model_config

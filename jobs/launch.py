@@ -7,8 +7,10 @@ say where to go on. Ray gives placement and supervision; what to do about a fail
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import threading
 from contextlib import nullcontext
@@ -32,6 +34,8 @@ from training.run_dir import local_run_dir
 
 logger = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1
+
 
 class LaunchError(RuntimeError):
     """The ranks of a run could not be started, or one of them failed."""
@@ -53,6 +57,7 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
     """
     storage = open_storage(config.run_dir, s3=config.s3)
     if config.cluster.launcher == "torchrun":
+        _stop_with_torchrun()
         with storage.exclusive() if os.environ.get("RANK") == "0" else nullcontext():
             _exit_as_rank(train(config))
     with storage.exclusive(), stop_request() as stop:
@@ -65,6 +70,12 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
     if outcome is None or not outcome.result.is_finished:
         raise RunStoppedError(_told_of_stop(config, outcome))
     return outcome.result
+
+
+def _stop_with_torchrun() -> None:
+    """Have the kernel send SIGTERM when torchrun is gone: killed, it leaves its ranks at work, which hold the run."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_gpus(cluster: ClusterConfig, *, num_gpus: float) -> None:

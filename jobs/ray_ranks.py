@@ -22,9 +22,10 @@ import ray
 from jobs.stopping import RankStop, StopRequest, raised_on_request, start_flag
 from pipeline.config import ClusterConfig
 from pipeline.pool import worker_environment
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageUnavailableError
 from training.config import TrainConfig
 from training.loop import TrainResult, train
+from training.ops import NativeOpError
 from training.ranks import collective_timeout
 
 if TYPE_CHECKING:
@@ -158,11 +159,11 @@ def describe_failure(error: Exception) -> RanksFailedError:
 def is_worth_retrying(error: Exception) -> bool:
     """Return whether an error of a rank may be gone the next time: its process or node died, a device or a peer failed.
 
-    What the spec, the artifacts or the code cause comes again: their errors do not.
+    What the spec, the artifacts or the code cause comes again: their errors do not pass. A storage's failure may.
     """
-    if type(error).__name__ in _OF_THE_MACHINE:
+    if type(error).__name__ in _OF_THE_MACHINE or isinstance(error, StorageUnavailableError):
         return True
-    if isinstance(error, ArtifactError | NotImplementedError | RecursionError):
+    if isinstance(error, ArtifactError | NativeOpError | NotImplementedError | RecursionError):
         return False
     # Torch raises RuntimeError (and subclasses of it) for lost peers, timeouts and device faults.
     return isinstance(error, RuntimeError | ConnectionError | TimeoutError)

@@ -20,8 +20,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
 from jobs.stopping import StopRequest
 from pipeline.config import ClusterConfig
-from pipeline.storage import open_storage
-from training.checkpoint import list_checkpoints
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import newest_record
 from training.config import TrainConfig
 from training.run_dir import local_run_dir
 
@@ -197,6 +197,9 @@ class RestartCount:
 
 
 def newest_step(config: TrainConfig) -> int:
-    """Return the step of a run's newest committed checkpoint, unverified; 0 where there is none."""
-    steps = list_checkpoints(open_storage(config.run_dir, s3=config.s3))
-    return steps[-1] if steps else 0
+    """Return the step of a run's newest checkpoint whose record can be read, its files unverified; 0 without one."""
+    try:
+        record = newest_record(open_storage(config.run_dir, s3=config.s3))
+    except ArtifactError:
+        return 0  # the ranks say what is wrong with them
+    return 0 if record is None else record.step

@@ -65,7 +65,7 @@ def find_run(storage: Storage, *, kind: str, spec: dict[str, Any]) -> Found:
 def read_lines(storage: Storage) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none before there are any."""
     try:
-        return parse_json_lines(storage.read_bytes(METRICS).decode())
+        return parse_json_lines(storage.read_bytes(METRICS).decode(), where=storage.url_of(METRICS))
     except FileNotFoundError:
         return []
 

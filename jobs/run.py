@@ -19,6 +19,7 @@ from pipeline.config import TokenizeConfig
 from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
+from training.checkpoint import list_checkpoints, newest_record
 from training.config import SampleConfig, TrainConfig
 from training.evaluation.config import FREE_FIELDS as EVALUATE_FREE_FIELDS
 from training.evaluation.config import EvaluateConfig
@@ -45,6 +46,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "cluster",
         "data.cache_dir",
+        "data.shards",
         "data.max_cache_gb",
         "data.on_damage",
         "data.read_ahead_batches",
@@ -58,6 +60,8 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "log_every_n_steps",
         "max_skipped_steps",
         "num_steps",
+        "optimizer.learning_rate",
+        "optimizer.warmup_steps",
         "recipe",
         "s3",
         "validation",
@@ -68,14 +72,13 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
 
-A recipe is a word for fields that are compared themselves. A directory may move. A corpus or weights that have moved
-are told from others by their fingerprints.
+A recipe is a word for fields that are compared themselves. A directory may move. Corpora, shard sets and weights that
+have moved are told from others by their contents. A run whose loss is no longer finite goes on with other rates.
 """
 
 BEGUN_WITH = {
     "fit_tokenizer": "checkpoints",
     "tokenize": "plan.json",
-    "train": "checkpoints",
     "sample": "samples.json",
     "evaluate": "stages",
 }
@@ -140,9 +143,9 @@ def remember_spec(spec: Spec) -> None:
     else:
         storage = _local(spec.run_dir)
     new = spec.model_dump(mode="json")
-    if storage.find(SPEC_NAME) is not None:
-        old = _with_new_fields(_read(storage), spec)
-        if old == new:
+    old = _remembered(storage, spec)
+    if old is not None:
+        if old == new and storage.find(SPEC_NAME) is not None:
             return
         differing = _binding_differences(old, new, kind=spec.kind)
         if differing and _has_begun(storage, kind=str(old.get("kind"))):
@@ -150,11 +153,21 @@ def remember_spec(spec: Spec) -> None:
                 f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: "
                 f"{_told(differing)}; set another run_dir, or remove the directory to begin anew"
             )
-        if differing:
-            with storage.exclusive():  # the other job may be at work, short of its first checkpoint
-                storage.write_json(SPEC_NAME, new)
-            return
+        with storage.exclusive():  # another job may be at work
+            storage.write_json(SPEC_NAME, new)
+        return
     storage.write_json(SPEC_NAME, new)
+
+
+def _remembered(storage: Storage, spec: Spec) -> dict[str, Any] | None:
+    """The spec that a directory holds a run of, as this version reads it; a training run's checkpoints have it too."""
+    if storage.find(SPEC_NAME) is not None:
+        return _with_new_fields(_read(storage), spec)
+    if isinstance(spec, TrainConfig):
+        with contextlib.suppress(ArtifactError):  # of damaged checkpoints, which the ranks tell
+            record = newest_record(storage)
+            return None if record is None else _with_new_fields(record.spec, spec)
+    return None
 
 
 def difference_from(storage: Storage, spec: Spec) -> str | None:
@@ -208,6 +221,8 @@ def _is_later_rank(spec: Spec) -> bool:
 
 
 def _has_begun(storage: Storage, *, kind: str) -> bool:
+    if kind == "train":
+        return bool(list_checkpoints(storage))  # a killed save leaves none behind
     name = BEGUN_WITH.get(kind)
     return name is None or storage.find(name) is not None or bool(storage.list(f"{name}/"))
 

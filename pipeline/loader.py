@@ -138,7 +138,10 @@ class Loader:
                     codes_BT[own] = samples.codes_BT
                 labels_B[own] = samples.labels_B
                 num_replaced += len(samples.damages)
-                self._check_labels(samples.labels_B, indices_B[own], shard_set=part.shard_set)
+                if self._num_classes is not None:
+                    check_labels(
+                        samples.labels_B, indices_B[own], shard_set=part.shard_set, num_classes=self._num_classes
+                    )
         return Batch(
             codes_BT=codes_BT,
             labels_B=labels_B,
@@ -149,13 +152,15 @@ class Loader:
             num_replaced=num_replaced,
         )
 
-    def _check_labels(self, labels_B: Int64Array, indices_B: Int64Array, *, shard_set: ShardSet) -> None:
-        if self._num_classes is not None and labels_B.max() >= self._num_classes:
-            name = shard_set.sample_name(int(indices_B[labels_B.argmax()]))
-            raise ArtifactError(
-                f"read sample {name}: labels must be below model.num_classes = {self._num_classes}, "
-                f"got {labels_B.max()}; raise model.num_classes"
-            )
+
+def check_labels(labels_B: Int64Array, indices_B: Int64Array, *, shard_set: ShardSet, num_classes: int) -> None:
+    """Raise ArtifactError naming the sample with the largest label where that is no class of the model."""
+    if labels_B.max() >= num_classes:
+        name = shard_set.sample_name(int(indices_B[labels_B.argmax()]))
+        raise ArtifactError(
+            f"read sample {name}: labels must be below model.num_classes = {num_classes}, got {labels_B.max()}; raise "
+            "model.num_classes (a run that has begun keeps its own: in a new run_dir), or take another set"
+        )
 
 
 class _Part:

@@ -56,6 +56,15 @@ class FileRecord(Config):
     sha256: str
 
 
+class SetRecord(Config):
+    """What a shard set holds, wherever it lies: the order of its samples is a function of that."""
+
+    num_samples: int
+    num_shards: int
+    sha256: str
+    """Over the number of samples and the sha256 of each shard, in order."""
+
+
 class CheckpointRecord(Config):
     """What `record.json` says: all that a checkpoint is, but for the tensors."""
 
@@ -78,6 +87,8 @@ class CheckpointRecord(Config):
     """Shape of every parameter."""
     fingerprint: Fingerprint
     """Tokenizer of the codes trained on."""
+    training_sets: tuple[SetRecord, ...] = ()
+    """The sets trained on, in the order of the mixture; none in a record of before."""
     spec: dict[str, Any]
     """The resolved train spec."""
     packages: dict[str, str]
@@ -96,7 +107,8 @@ class CheckpointRecord(Config):
 
     def digest(self) -> str:
         """Return what `record_sha256` must be."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"record_sha256"}), sort_keys=True)
+        left_out = {"record_sha256"} if self.training_sets else {"record_sha256", "training_sets"}
+        canonical = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -217,6 +229,23 @@ def newest_whole_checkpoint(storage: Storage) -> CheckpointRecord | None:
         warn_of_damage(storage, step, problems)
     if steps:
         raise all_damaged(storage, steps, problems)
+    return None
+
+
+def newest_record(storage: Storage) -> CheckpointRecord | None:
+    """Return the newest record that can be read, its files unverified; none where there is no checkpoint.
+
+    Raises:
+        ArtifactError: there are checkpoints, and no record can be read.
+    """
+    problem: ArtifactError | None = None
+    for step in reversed(list_checkpoints(storage)):
+        try:
+            return read_record(storage, step)
+        except ArtifactError as error:
+            problem = error
+    if problem is not None:
+        raise problem
     return None
 
 

@@ -134,7 +134,7 @@ class OptimizerConfig(Config):
     """AdamW and its schedule; the defaults are LlamaGen's."""
 
     learning_rate: PositiveFloat = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.05
     """Applied to matrices only."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -320,11 +320,11 @@ DraftPolicy = Literal["sampled", "coupled", "argmax"]
 class SamplerConfig(Config):
     """How codes are drawn from a model."""
 
-    guidance: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 2.0
+    guidance: NonNegativeFloat = 2.0
     """Classifier-free guidance scale; 1 is off."""
     guidance_interval: Annotated[int, Field(ge=-1)] = -1
     """Guide only steps 0..n, counted from the second code as LlamaGen does; -1 is always."""
-    temperature: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 1.0
+    temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
     top_k: NonNegativeInt = 0
     """Codes kept before the draw; 0 is all."""
@@ -335,7 +335,7 @@ class SamplerConfig(Config):
 
     `coupled` flips less and lets `windows_per_call` accept more, at a price: a draft tells about the draw of its own
     final, so a final that follows its draft is no sample of the model's prediction given the window."""
-    draft_temperature: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = None
+    draft_temperature: PositiveFloat | None = None
     """Temperature of drafts; none is that of finals."""
     draft_top_k: NonNegativeInt | None = None
     """Codes kept before a draft is drawn; none is as for finals."""

@@ -10,15 +10,35 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import ArtifactError
+
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file in order; a torn last line is left out, a missing file has none."""
-    return parse_json_lines(path.read_text(encoding="utf-8")) if path.exists() else []
+    """Return the lines of a file in order; a torn last line is left out, a missing file has none.
+
+    Raises:
+        ArtifactError: a line is not JSON.
+    """
+    return parse_json_lines(path.read_text(encoding="utf-8"), where=str(path)) if path.exists() else []
 
 
-def parse_json_lines(text: str) -> list[dict[str, Any]]:
-    """Return the lines of a file's content in order; a torn last line is left out."""
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+def parse_json_lines(text: str, *, where: str) -> list[dict[str, Any]]:
+    """Return the lines of a file's content in order; a torn last line is left out.
+
+    Args:
+        text: the content.
+        where: path or URL, for messages.
+
+    Raises:
+        ArtifactError: a line is not JSON.
+    """
+    lines = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            lines += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise ArtifactError(f"read {where}: line {number} must be JSON, got {line[:60]!r}; remove it") from error
+    return lines
 
 
 class JsonLines:

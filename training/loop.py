@@ -24,7 +24,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.shard_set import ShardSet
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name
 from training.config import TrainConfig
-from training.data import open_shards
+from training.data import open_shards, set_record
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
 from training.ops import check_ops
@@ -82,7 +82,12 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
         _stop_on_sigterm(should_stop) as is_told_to_stop,
     ):
         shard_sets, held_out = open_shards(config)
-        record = find_checkpoint(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
+        record = find_checkpoint(
+            config,
+            ranks=ranks,
+            fingerprint=shard_sets[0].fingerprint,
+            training_sets=[set_record(shard_set) for shard_set in shard_sets],
+        )
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
             result = _result(config, record.step)
@@ -164,7 +169,12 @@ class _Run:
             num_classes=config.model.num_classes,
         )
         self._validation = None if held_out is None else Validation(held_out, config=config, ranks=ranks)
-        self._writer = CheckpointWriter(config, ranks=ranks, fingerprint=shard_sets[0].fingerprint)
+        self._writer = CheckpointWriter(
+            config,
+            ranks=ranks,
+            fingerprint=shard_sets[0].fingerprint,
+            training_sets=[set_record(shard_set) for shard_set in shard_sets],
+        )
         if ranks.is_first:
             files.bring_records(step=state.step)
         self._skipped = SkippedSteps(

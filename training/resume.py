@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.fingerprint import Fingerprint
 from training.checkpoint import (
     CheckpointRecord,
+    SetRecord,
     all_damaged,
     checkpoint_name,
     list_checkpoints,
@@ -30,14 +32,23 @@ from training.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(config: TrainConfig, *, ranks: Ranks, fingerprint: Fingerprint) -> CheckpointRecord | None:
+def find_checkpoint(
+    config: TrainConfig, *, ranks: Ranks, fingerprint: Fingerprint, training_sets: Sequence[SetRecord] = ()
+) -> CheckpointRecord | None:
     """Return the record of the checkpoint to resume, the same on every rank; none for a run without one.
 
     Called by every rank before anything is saved: what a killed save left is removed here. The ranks share the files
     of a candidate among them to verify it.
 
+    Args:
+        config: of the run.
+        ranks: of the run.
+        fingerprint: tokenizer of the codes.
+        training_sets: what the run is to train on.
+
     Raises:
-        ArtifactError: all checkpoints are damaged, or the newest whole one is of another tokenizer's codes.
+        ArtifactError: all checkpoints are damaged, or the newest whole one is of another tokenizer's codes or of other
+            samples: its position in their order would mean nothing here.
     """
     storage = open_storage(config.run_dir, s3=config.s3)
     steps = _same_on_all(ranks, storage)
@@ -48,6 +59,7 @@ def find_checkpoint(config: TrainConfig, *, ranks: Ranks, fingerprint: Fingerpri
         if not problems:
             record = read_record(storage, step)
             _check_tokenizer(storage, record, fingerprint=fingerprint)
+            _check_sets(storage, record, config=config, now=tuple(training_sets))
             return record
         if ranks.is_first:
             warn_of_damage(storage, step, problems)
@@ -117,3 +129,22 @@ def _check_tokenizer(storage: Storage, record: CheckpointRecord, *, fingerprint:
             f"{record.fingerprint.digest}, got {fingerprint.digest}; point data.shards at the set it was trained on, "
             f"or use a new run_dir"
         )
+
+
+def _check_sets(storage: Storage, record: CheckpointRecord, *, config: TrainConfig, now: tuple[SetRecord, ...]) -> None:
+    if not record.training_sets:
+        logger.warning(
+            "resume step=%d: its record does not say what it was trained on; the spec is trusted", record.step
+        )
+        return
+    for part, before, found in zip(config.data.parts, record.training_sets, now, strict=True):
+        if found != before:
+            raise ArtifactError(
+                f"resume {storage.url_of(checkpoint_name(record.step))}: {part.shards} must hold the samples that it "
+                f"was trained on, {_told(before)}, got {_told(found)}; put that set back, or train on this one in a "
+                f"new run_dir with warm_start: {config.run_dir}"
+            )
+
+
+def _told(training_set: SetRecord) -> str:
+    return f"{training_set.num_samples} in {training_set.num_shards} shards ({training_set.sha256[:8]}..)"

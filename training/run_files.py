@@ -109,7 +109,7 @@ class RunFiles:
             return
         data = storage.read_bytes(name)
         here = [line for line in read_json_lines(self.directory / name) if line["step"] <= step]
-        there = [line for line in parse_json_lines(data.decode()) if line["step"] <= step]
+        there = [line for line in parse_json_lines(data.decode(), where=storage.url_of(name)) if line["step"] <= step]
         if len(there) > len(here):
             (self.directory / name).write_bytes(data)
 

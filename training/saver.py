@@ -13,7 +13,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -27,6 +27,7 @@ from training.checkpoint import (
     CheckpointRecord,
     FileRecord,
     RunState,
+    SetRecord,
     checkpoint_name,
     commit_checkpoint,
     prepared_name,
@@ -57,15 +58,24 @@ class RankReport(Config):
 class CheckpointWriter:
     """Writes a run's checkpoints; made, used and closed by every rank alike."""
 
-    def __init__(self, config: TrainConfig, *, ranks: Ranks, fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        ranks: Ranks,
+        fingerprint: Fingerprint,
+        training_sets: Sequence[SetRecord] = (),
+    ) -> None:
         """Prepare.
 
         Args:
-            config: of the run; enters the record.
+            config: of the run; enters the record, as the next two do.
             ranks: of the run.
             fingerprint: tokenizer of the codes.
+            training_sets: what is trained on.
         """
-        self._config, self._ranks, self._fingerprint = config, ranks, fingerprint
+        self._config, self._ranks = config, ranks
+        self._fingerprint, self._training_sets = fingerprint, tuple(training_sets)
         self._storage = open_storage(config.run_dir, s3=config.s3)
         # In the names of the reports, so that none of a killed save is taken for one of ours.
         self._token = ranks.from_first(secrets.token_hex(4))
@@ -172,6 +182,7 @@ class CheckpointWriter:
             kinds=fragments.layout.kinds,
             shapes=parameter_shapes(engine),
             fingerprint=self._fingerprint,
+            training_sets=self._training_sets,
             spec=self._config.model_dump(mode="json"),
             packages={name: _version(name) for name in ("torch", "deepspeed", "tensorar")},
             files=(),

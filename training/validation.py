@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from pipeline.loader import check_labels
 from pipeline.philox import Int64Array
 from pipeline.shard_set import ShardSet
 from training.config import TrainConfig
@@ -25,6 +26,8 @@ from training.inputs import VALIDATION_STEP, make_inputs, with_own_drafts
 from training.loss import window_loss
 from training.ranks import Ranks
 from training.scored import score_predictions
+
+_LABELS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,20 @@ class Validation:
     """The held-out samples of one rank."""
 
     def __init__(self, shard_set: ShardSet, *, config: TrainConfig, ranks: Ranks) -> None:
-        """Take samples spread evenly over `shard_set`, and deal them out to the ranks."""
+        """Take samples spread evenly over `shard_set`, and deal them out to the ranks.
+
+        Raises:
+            ArtifactError: a sample is damaged, or its label is not one of the model's classes.
+        """
         assert config.validation is not None
         self._config, self._ranks, self._shard_set = config, ranks, shard_set
         count = min(config.validation.num_samples, shard_set.num_samples)
         spread = np.arange(count, dtype=np.int64) * shard_set.num_samples // count
         self._sample_indices = spread[ranks.rank :: ranks.world_size]
+        for begin in range(0, len(self._sample_indices), _LABELS_AT_A_TIME):
+            indices = self._sample_indices[begin : begin + _LABELS_AT_A_TIME]
+            _, labels = shard_set.read_batch(indices, views=np.zeros_like(indices))
+            check_labels(labels, indices, shard_set=shard_set, num_classes=config.model.num_classes)
         self._micro_batch_size = config.engine.global_batch_size // (
             ranks.world_size * config.engine.grad_accumulation(ranks.world_size)
         )

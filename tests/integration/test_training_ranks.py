@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from synthetic_shards import train_config, write_shard_set
@@ -106,6 +108,21 @@ def test_finished_run_started_again_does_nothing(finished: Path, shards: Path) -
     assert times() == before
 
 
+def test_a_resume_wants_the_set_that_was_trained_on_wherever_it_lies(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    grown = write_shard_set(tmp_path / "grown", samples_per_shard=(40, 24, 33, 16))
+    code, output = run(config_of(run_dir, shards, data__shards=str(grown), num_steps=13))
+    assert code != 0
+    assert f"{grown} must hold the samples that it was trained on, 97 in 3 shards" in output
+    assert "got 113 in 4 shards" in output
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    code, output = run(config_of(run_dir, shards, data__shards=str(moved), num_steps=13))
+    assert code == 0, output
+    assert checkpoints_of(run_dir)[-1] == 13
+
+
 @pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_and_ends_in_the_same_losses(
     finished: Path, shards: Path, tmp_path: Path
@@ -198,6 +215,24 @@ def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_pa
     assert "exitcode  : 75" in output
     (step,) = checkpoints_of(run_dir)
     assert step == read_metrics(run_dir)[-1]["step"]
+    code, output = run(config.model_copy(update={"num_steps": step + 2}))
+    assert code == 0, output
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_torchrun_save_and_end_so_that_the_rerun_goes_on(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "orphaned"
+    config = config_of(run_dir, shards, num_steps=100_000, checkpoint__every_n_steps=50_000, validation=None)
+    process = start(config)
+    deadline = time.monotonic() + 100
+    while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks = [psutil.Process(rank) for rank in ranks_of(process.pid)]
+    process.kill()
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    (step,) = checkpoints_of(run_dir)
+    assert verify_checkpoint(open_storage(str(run_dir)), step) == []
     code, output = run(config.model_copy(update={"num_steps": step + 2}))
     assert code == 0, output
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, step + 3))

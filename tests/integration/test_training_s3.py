@@ -50,7 +50,7 @@ def test_a_run_on_s3_goes_on_elsewhere_with_all_its_metrics(s3_url: str, tmp_pat
     assert run_alone(longer, tmp_path / "b") == f"6 True {s3_url}/checkpoints/step_00000006"
     storage = open_storage(s3_url)
     assert list_checkpoints(storage) == [4, 6]
-    lines = parse_json_lines(storage.read_bytes("metrics.jsonl").decode())
+    lines = parse_json_lines(storage.read_bytes("metrics.jsonl").decode(), where="metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     log = storage.read_bytes("logs/rank_00000.log").decode()
     assert "step=4/4" in log

@@ -15,6 +15,7 @@ from training.checkpoint import (
     checkpoint_name,
     commit_checkpoint,
     list_checkpoints,
+    newest_record,
     newest_whole_checkpoint,
     prepared_name,
     read_record,
@@ -76,6 +77,28 @@ def test_all_damaged_is_an_error_and_never_a_start_from_zero(storage: Storage) -
         ArtifactError, match=r"got 2 damaged ones \(of the oldest: step_00000008/rank_00001.safetensors"
     ):
         newest_whole_checkpoint(storage)
+
+
+def test_the_newest_record_that_can_be_read_is_found(storage: Storage) -> None:
+    assert newest_record(storage) is None
+    for step in (4, 8):
+        write_checkpoint(storage, step)
+    storage.write_bytes("checkpoints/step_00000008/record.json", b"{")
+    record = newest_record(storage)
+    assert record is not None
+    assert record.step == 4
+    storage.write_bytes("checkpoints/step_00000004/record.json", b"{")
+    with pytest.raises(ArtifactError, match=r"step_00000004: record\.json is damaged"):
+        newest_record(storage)
+
+
+def test_a_record_without_its_training_sets_is_read_as_before(storage: Storage) -> None:
+    write_checkpoint(storage, 4)
+    values = json.loads(storage.read_bytes("checkpoints/step_00000004/record.json"))
+    before = values["record_sha256"]
+    assert values.pop("training_sets") == []
+    storage.write_json("checkpoints/step_00000004/record.json", values)
+    assert read_record(storage, 4).record_sha256 == before
 
 
 def test_renamed_checkpoint_is_not_whole(storage: Storage) -> None:

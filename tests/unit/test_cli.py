@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from synthetic_checkpoints import prepare, record_of
 
 from jobs.cli import _command, _outcome, _told, main
 from jobs.run import remember_spec, run_spec
 from jobs.spec import load_spec, shipped_spec
-from pipeline.local_storage import exclusive
-from pipeline.storage import ArtifactError
+from pipeline.local_storage import exclusive, write_json
+from pipeline.storage import ArtifactError, open_storage
+from training.checkpoint import commit_checkpoint
 
 
 def call(*words: str) -> Result:
@@ -76,10 +78,15 @@ def test_a_failure_that_a_user_can_mend_is_one_line_and_ends_in_one(tmp_path: Pa
     assert isinstance(call("--debug", *words).exception, ArtifactError | ValueError | OSError)
 
 
+def begin(run_dir: Path) -> None:
+    """Leave a checkpoint behind."""
+    write_json(run_dir / "checkpoints" / "step_00000001" / "record.json", {})
+
+
 def test_the_resolved_spec_is_kept_and_another_one_is_refused(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(path, [place, "num_steps=5", "seed=0", "model.dropout=0.1"]))
-    (tmp_path / "run" / "checkpoints").mkdir()
+    begin(tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert (kept["kind"], kept["num_steps"], kept["engine"]["zero_stage"]) == ("train", 5, 2)
     with pytest.raises(ArtifactError) as caught:
@@ -95,7 +102,7 @@ def test_the_resolved_spec_is_kept_and_another_one_is_refused(tmp_path: Path) ->
 def test_a_run_of_a_version_without_a_field_goes_on_with_its_default_only(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(path, [place]))
-    (tmp_path / "run" / "checkpoints").mkdir()
+    begin(tmp_path / "run")
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     del kept["noise"]["coupling"]  # as if it had been added since
     (tmp_path / "run" / "spec.json").write_text(json.dumps(kept))
@@ -109,6 +116,9 @@ def test_fields_that_do_not_change_the_result_are_free(tmp_path: Path) -> None:
     remember_spec(load_spec(path, [place]))
     remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "engine.ops=reference"]))
     remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "num_steps=2000"]))
+    begin(tmp_path / "run")
+    moved = ["data.shards=moved", "optimizer.learning_rate=1e-5", "optimizer.warmup_steps=7"]
+    remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "num_steps=2000", *moved]))
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert (kept["cluster"]["num_workers"], kept["log_every_n_steps"], kept["num_steps"]) == (1, 7, 2000)
 
@@ -138,12 +148,34 @@ def test_version_is_told() -> None:
 
 def test_a_spec_that_failed_before_anything_was_done_may_be_mended(tmp_path: Path) -> None:
     path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
-    remember_spec(load_spec(path, [place, "data.shards=typo"]))
-    remember_spec(load_spec(path, [place, "data.shards=right"]))
-    assert json.loads((tmp_path / "run" / "spec.json").read_text())["data"]["shards"] == "right"
-    (tmp_path / "run" / "checkpoints").mkdir()
-    with pytest.raises(ArtifactError, match=r"data\.shards \(there 'right', in the spec 'typo'\)"):
-        remember_spec(load_spec(path, [place, "data.shards=typo"]))
+    remember_spec(load_spec(path, [place, "data.seed=7"]))
+    (tmp_path / "run" / "checkpoints" / "step_00000001.partial").mkdir(parents=True)  # of a killed save
+    remember_spec(load_spec(path, [place, "data.seed=8"]))
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["data"]["seed"] == 8
+    begin(tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"data\.seed \(there 8, in the spec 7\)"):
+        remember_spec(load_spec(path, [place, "data.seed=7"]))
+
+
+def test_a_run_that_lost_its_spec_json_is_held_to_that_of_its_checkpoint(tmp_path: Path) -> None:
+    path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
+    spec = load_spec(path, [place, "seed=1"])
+    record = record_of(1).model_copy(update={"spec": spec.model_dump(mode="json")})
+    storage = open_storage(str(tmp_path / "run"))
+    prepare(storage, 1)
+    commit_checkpoint(storage, record)
+    with pytest.raises(ArtifactError, match=r"these fields differ: seed \(there 1, in the spec 2\)"):
+        remember_spec(load_spec(path, [place, "seed=2"]))
+    remember_spec(spec)
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["seed"] == 1
+
+
+def test_a_command_that_is_refused_leaves_the_spec_of_the_job_at_work(tmp_path: Path) -> None:
+    path, place = shipped_spec("train_base"), f"run_dir={tmp_path / 'run'}"
+    remember_spec(load_spec(path, [place, "num_steps=6000"]))
+    with exclusive(tmp_path / "run"), pytest.raises(ArtifactError, match="one job at a time may write a directory"):
+        remember_spec(load_spec(path, [place, "num_steps=7"]))
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["num_steps"] == 6000
 
 
 def test_the_spec_of_a_job_at_work_is_not_replaced(tmp_path: Path) -> None:
@@ -157,7 +189,7 @@ def test_the_spec_of_a_job_at_work_is_not_replaced(tmp_path: Path) -> None:
 def test_a_directory_of_another_kind_is_refused_by_naming_the_kinds(tmp_path: Path) -> None:
     place = f"run_dir={tmp_path / 'run'}"
     remember_spec(load_spec(shipped_spec("train_base"), [place]))
-    (tmp_path / "run" / "checkpoints").mkdir()
+    begin(tmp_path / "run")
     with pytest.raises(ArtifactError) as caught:
         remember_spec(load_spec(shipped_spec("sample_base"), [place]))
     assert "these fields differ: kind (there 'train', in the spec 'sample'); set another" in str(caught.value)

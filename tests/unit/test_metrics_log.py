@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from synthetic_shards import train_config
 
+from pipeline.storage import ArtifactError
 from training.metrics import MetricsLog, describe_line, read_metrics
 from training.wandb_board import check_wandb
 
@@ -94,3 +95,12 @@ def test_a_missing_wandb_is_an_error_that_says_what_to_install(tmp_path: Path, m
     check_wandb(train_config(tmp_path, shards=tmp_path))
     with pytest.raises(ValueError, match=r"needs the package wandb, got 'nights' .*pip install wandb on every node"):
         check_wandb(train_config(tmp_path, shards=tmp_path, wandb_project="nights"))
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    write(tmp_path, after=0, steps=[1, 2, 3])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines[1] = "garbage" + lines[1]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ArtifactError, match=r"read .*/metrics\.jsonl: line 2 must be JSON, got 'garbage.*; remove it"):
+        MetricsLog(tmp_path, step=3)

@@ -102,8 +102,8 @@ def test_the_demo_trains_by_the_tuned_recipe_and_says_nothing_beside_it() -> Non
 
 def stored(run_dir: Path, fields: dict[str, Any]) -> None:
     """A run that was begun with a resolved spec."""
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "checkpoints" / "something").touch()
+    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step_00000001" / "record.json").touch()
     (run_dir / "spec.json").write_text(json.dumps(fields))
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 from ray.train.v2.api.exceptions import WorkerGroupError
+from synthetic_checkpoints import write_checkpoint
 from synthetic_shards import train_config
 
 from jobs.ray_ranks import RanksFailedError, describe_failure, is_worth_retrying
 from jobs.restart import RestartCount, config_of_ranks, possible_ranks
-from pipeline.local_storage import write_json
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageUnavailableError, open_storage
 from training.config import TrainConfig
+from training.ops import NativeOpError
 
 DEATH = RanksFailedError("its process died", rank=1, is_worth_retrying=True, is_preemption=False)
 
@@ -22,7 +23,7 @@ def job(run_dir: Path, **changes: Any) -> TrainConfig:
 
 
 def commit_step(run_dir: Path, step: int) -> None:
-    write_json(run_dir / "checkpoints" / f"step_{step:08d}" / "record.json", {})
+    write_checkpoint(open_storage(str(run_dir)), step)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,8 @@ def test_fewer_ranks_keep_the_batch_in_more_micro_steps_of_no_more_memory(
     ("error", "expected"),
     [
         (ArtifactError("a shard is damaged"), False),
+        (StorageUnavailableError("503"), True),
+        (NativeOpError("not built"), False),
         (ValueError("labels must be below 4"), False),
         (FloatingPointError("too many skipped steps"), False),
         (KeyError("name"), False),

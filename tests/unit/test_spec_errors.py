@@ -202,9 +202,18 @@ def test_an_override_that_opens_a_group_is_the_place_of_what_is_wrong_with_it(tm
     ]
 
 
+def test_numbers_that_json_has_not_and_betas_of_one_are_refused(tmp_path: Path) -> None:
+    told = problems(tmp_path, TRAIN + "optimizer: {max_grad_norm: .inf, learning_rate: .nan, betas: [1.0, 0.95]}\n")
+    assert [line.split(", got ")[0] for line in told] == [
+        "spec.yaml:6: optimizer.learning_rate must be a finite number",
+        "spec.yaml:6: optimizer.betas.0 must be below 1",
+        "spec.yaml:6: optimizer.max_grad_norm must be a finite number",
+    ]
+
+
 def test_true_and_false_are_no_numbers(tmp_path: Path) -> None:
-    text = TRAIN.replace("num_steps: 5", "num_steps: yes") + "optimizer: {betas: [0.9, on]}\n"
+    text = TRAIN.replace("num_steps: 5", "num_steps: yes") + "optimizer: {betas: [0.9, off]}\n"
     assert problems(tmp_path, text) == [
         "spec.yaml:5: num_steps must be a number, got True; write it in digits",
-        "spec.yaml:6: optimizer.betas.1 must be a number, got True; write it in digits",
+        "spec.yaml:6: optimizer.betas.1 must be a number, got False; write it in digits",
     ]

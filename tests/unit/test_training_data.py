@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from synthetic_shards import fingerprint_of, train_config, write_shard_set
 
+from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
-from training.data import open_shards
+from training.checkpoint import SetRecord
+from training.data import open_shards, set_record
+from training.ranks import Ranks
+from training.validation import Validation
 
 
 def test_all_sets_of_a_spec_are_opened_in_order(tmp_path: Path) -> None:
@@ -43,3 +48,23 @@ def test_held_out_codes_of_another_tokenizer_are_refused(tmp_path: Path) -> None
     other = write_shard_set(tmp_path / "other", fingerprint=fingerprint_of("1" * 64))
     with pytest.raises(ArtifactError, match=r"open shard set .*/other: tokenizer fingerprint must be"):
         open_shards(train_config(tmp_path / "run", shards=shards, validation={"shards": str(other)}))
+
+
+def test_a_set_is_told_by_its_samples_in_order_and_not_by_its_place(tmp_path: Path) -> None:
+    def record(name: str, *sizes: int, first_sample: int = 0) -> SetRecord:
+        path = write_shard_set(tmp_path / name, samples_per_shard=sizes, first_sample=first_sample)
+        return set_record(ShardSet.open(str(path)))
+
+    one = record("one", 4, 3)
+    assert (one.num_samples, one.num_shards) == (7, 2)
+    assert record("copy", 4, 3) == one
+    assert len({one.sha256, record("grown", 4, 3, 2).sha256, record("other", 4, 3, first_sample=1).sha256}) == 3
+
+
+def test_held_out_labels_that_the_model_lacks_are_refused_before_a_step(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set")
+    held_out = ShardSet.open(str(write_shard_set(tmp_path / "held_out", samples_per_shard=(6,), label=4)))
+    config = train_config(tmp_path / "run", shards=shards, validation={"shards": str(tmp_path / "held_out")})
+    one_rank = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    with pytest.raises(ArtifactError, match=r"read sample .*: labels must be below model.num_classes = 4, got 4"):
+        Validation(held_out, config=config, ranks=one_rank)
