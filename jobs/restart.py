@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
 from jobs.stopping import StopRequest
 from pipeline.config import ClusterConfig
+from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import newest_record
 from training.config import TrainConfig
@@ -145,6 +146,7 @@ class RestartCount:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._path = local_run_dir(config.run_dir) / RESTARTS
+        self._storage = open_storage(config.run_dir, s3=config.s3)
         self._num_in_a_row = 0
         self._num_restarts = 0
         self._step_of_start = -1
@@ -165,6 +167,16 @@ class RestartCount:
         )
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds")} | line) + "\n")
+        self._publish()
+
+    def _publish(self) -> None:
+        """Put the record where the run is, if that is not here."""
+        if isinstance(self._storage, LocalStorage):
+            return
+        try:
+            self._storage.write_bytes(RESTARTS, self._path.read_bytes())
+        except (ArtifactError, OSError) as error:
+            logger.warning("restarts.jsonl stays in %s: %s", self._path, error)
 
     def note_failure(self, error: RanksFailedError) -> None:
         """Count a failure; return if the ranks may be started again.

@@ -1,11 +1,14 @@
 """A training run whose run_dir is on S3: the spec is kept there, and the launched run trains, resumes and is done."""
 
+import json
 from pathlib import Path
 
 import pytest
 from synthetic_shards import train_config, write_shard_set
 
 from jobs.launch import launch_training
+from jobs.ray_ranks import RanksFailedError
+from jobs.restart import RestartCount
 from jobs.run import remember_spec
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import list_checkpoints, verify_checkpoint
@@ -23,6 +26,19 @@ def test_the_directory_remembers_its_spec_and_refuses_another_once_it_has_begun(
     remember_spec(other)
     with pytest.raises(ArtifactError, match=r"these fields differ: seed \(there 6, in the spec 5\)"):
         remember_spec(config)
+
+
+def test_restarts_are_recorded_where_the_run_is(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    config = train_config(Path("run"), shards=Path("set")).model_copy(update={"run_dir": s3_url})
+    local_run_dir(s3_url).mkdir(parents=True, exist_ok=True)
+    count = RestartCount(config)
+    count.note_start(2)
+    count.note_failure(RanksFailedError("its process died", rank=1, is_worth_retrying=True, is_preemption=False))
+    count.note_start(2)
+    (line,) = open_storage(s3_url).read_bytes("restarts.jsonl").splitlines()
+    assert json.loads(line)["rank"] == 1
 
 
 @pytest.mark.slow
