@@ -79,10 +79,9 @@ def measure(*, num_windows: int, dtype: torch.dtype, num_threads: int, num_repea
     mixed, shares = torch.ops.tensorar.mix_windows(parts[0], *small)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in small]
 
-    def mix_forward() -> object:
+    def mix_forward() -> None:
         for part in parts:
-            result = torch.ops.tensorar.mix_windows(part, *small)
-        return result
+            torch.ops.tensorar.mix_windows(part, *small)
 
     def mix_backward() -> None:
         for part in parts:

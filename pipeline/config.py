@@ -178,7 +178,7 @@ class LoaderConfig(Config):
     seed: Seed = 0
     """Seed of the order; order = f(seed, epoch)."""
     on_damage: Literal["fail", "replace"] = "fail"
-    """What a damaged sample does: end the run, or be replaced by another one of its shard, with a warning that names both."""
+    """What a damaged sample does: end the run, or be replaced by another one of its shard, with a warning of both."""
     cache_dir: str | None = None
     """Local directory that shards on S3 are downloaded to, shared by all ranks of a machine; none is below TMPDIR."""
     max_cache_gb: PositiveFloat = 20.0

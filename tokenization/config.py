@@ -23,7 +23,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, unknown fields and numbers that JSON has not are errors, attribute docstrings are the field descriptions."""
+    """Base of every config: frozen, unknown fields and infinite numbers are errors, attribute docstrings are the field
+    descriptions.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from training.gpt import NORM_EPS
 from training.ops import load_ops
 
-WINDOWS_AT_A_TIME = 256
+WINDOWS_AT_A_TIME = 128
 """Whose mixed vectors are in cache together, on a CPU."""
 ACCELERATOR_BYTES = 512 * 2**20
 """Of mixed vectors that a GPU has at a time. Parts that fit an H100's L2 cache were slower: a dozen launches each."""
@@ -145,6 +145,7 @@ def _attend(
         mixed_MND, _ = mix(codes, *weights)
         attended_MNH = attended.view(-1, *value_weight_NHD.shape[:2])
         torch.bmm(mixed_MND.transpose(0, 1), value_weight_NHD.transpose(1, 2), out=attended_MNH.transpose(0, 1))
+        del mixed_MND  # before the next part's
     return attended_MD
 
 
@@ -177,6 +178,7 @@ def _attend_backward(
         value_grad_NHD = of_part if value_grad_NHD is None else value_grad_NHD.float().add_(of_part)
         torch.bmm(grad_NMH, value_weight_NHD, out=mixed_MND.transpose(0, 1))
         mix_backward(mixed_MND, shares_MNK, codes, *weights, *sums)
+        del mixed_MND  # before the next part's
     assert value_grad_NHD is not None  # a split has a part, of no windows too
     table_grad_VD, offset_grads_KD, score_grad_ND = sums
     return table_grad_VD.to(table_VD.dtype), offset_grads_KD, score_grad_ND, value_grad_NHD.to(value_weight_NHD.dtype)
