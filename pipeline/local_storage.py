@@ -13,16 +13,17 @@ import errno
 import fcntl
 import hashlib
 import io
-import logging
 import mmap
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pipeline.local_listing import folders_in, scan
 from pipeline.storage import (
     ArtifactError,
     Buffer,
@@ -43,8 +44,6 @@ OUTAGES = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO, errno.EHOSTDOWN}
 )
 """What a disk or a mount fails with where the file may be whole."""
-
-logger = logging.getLogger(__name__)
 
 
 def local_path(path: str | Path) -> Path:
@@ -143,6 +142,27 @@ def remove_staged(directory: Path) -> int:
     return len(leftovers)
 
 
+def read_file(path: str, *, start: int = 0, end: int | None = None) -> bytes:
+    """Return the bytes `[start, end)` of a regular file; to its end without `end`.
+
+    Raises:
+        OSError: as the system gives it, outages included.
+    """
+    # A third of the time of a file object, which counts where a rerun reads 100,000 ledger records.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        _check_regular(status, path)
+        end = status.st_size if end is None else min(end, status.st_size)
+        parts: list[bytes] = []
+        while start < end and (part := os.pread(descriptor, end - start, start)):  # one call reads at most 2 GiB
+            parts.append(part)
+            start += len(part)
+    finally:
+        os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the hex sha256 of a file's content."""
     digest = hashlib.sha256()
@@ -220,10 +240,18 @@ class LocalStorage(Storage):
         """See `Storage.list`."""
         folder, _, start = prefix.rpartition("/")
         try:
-            found = _scan(self.root / folder, prefix=f"{folder}/" if folder else "", start=start)
+            found = ((name, _info(status)) for name, status in scan(self.root, folder=folder, start=start))
             return dict(sorted(found, key=itemgetter(0)))
         except OSError as error:
             raise_outage(error, doing=f"list {self.root / folder}")
+            raise
+
+    def folders(self) -> tuple[str, ...]:
+        """Return the folders right below the root that a listing enters, sorted, those that hold nothing included."""
+        try:
+            return tuple(sorted(folders_in(self.root)))
+        except OSError as error:
+            raise_outage(error, doing=f"list {self.root}")
             raise
 
     def find(self, name: str) -> FileInfo | None:
@@ -238,14 +266,8 @@ class LocalStorage(Storage):
 
     def read_bytes(self, name: str, *, start: int = 0, end: int | None = None) -> bytes:
         """See `Storage.read_bytes`."""
-        # A third of the time of a file object, which counts where a rerun reads 100,000 ledger records.
         try:
-            descriptor = os.open(f"{self.root}/{name}", os.O_RDONLY)
-            try:
-                num_bytes = os.fstat(descriptor).st_size
-                return _read_range(descriptor, start=start, end=num_bytes if end is None else min(end, num_bytes))
-            finally:
-                os.close(descriptor)
+            return read_file(f"{self.root}/{name}", start=start, end=end)
         except OSError as error:
             raise_outage(error, doing=f"read {self.root / name}")
             raise
@@ -321,47 +343,12 @@ class _OpenFile(io.FileIO):
             raise
 
 
-def _read_range(descriptor: int, *, start: int, end: int) -> bytes:
-    """Return the bytes `[start, end)` of an open file; one call reads at most 2 GiB."""
-    parts: list[bytes] = []
-    while start < end and (part := os.pread(descriptor, end - start, start)):
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _scan(
-    directory: Path, *, prefix: str, start: str = "", above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[str, FileInfo]]:
-    """Yield (name, info) of the files below `directory`; hidden ones (staged files, the lock) are left out.
-
-    Links to directories are followed, but not back to one of those `above`, given as (device, inode).
-    """
-    try:
-        above |= {_identity(directory)}
-        entries = os.scandir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    with entries:
-        for entry in entries:
-            if entry.name.startswith(".") or not entry.name.startswith(start):
-                continue
-            try:
-                if not entry.is_dir():
-                    yield prefix + entry.name, _info(entry.stat())
-                    continue
-                is_cycle = entry.is_symlink() and _identity(Path(entry.path)) in above
-            except FileNotFoundError:  # removed in between
-                continue
-            if is_cycle:
-                logger.warning("list %s: the link leads back to a directory above it and is left out", entry.path)
-                continue
-            yield from _scan(Path(entry.path), prefix=f"{prefix}{entry.name}/", above=above)
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    status = directory.stat()
-    return status.st_dev, status.st_ino
+def _check_regular(status: os.stat_result, path: str) -> None:
+    """Raise OSError for what is no regular file: a pipe would be waited for without end."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def _info(status: os.stat_result) -> FileInfo:

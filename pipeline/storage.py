@@ -25,6 +25,10 @@ Buffer = bytes | memoryview
 class ArtifactError(RuntimeError):
     """An artifact is missing, damaged, of another make, or cannot be written; the message says what to do."""
 
+    def __str__(self) -> str:
+        """Return the message as text that UTF-8 can hold: bytes of names in another encoding are escaped."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class DirectoryInUseError(ArtifactError):
     """Another live process writes the directory; waiting for it may help."""
@@ -36,6 +40,11 @@ class StorageFullError(ArtifactError):
 
 class StorageUnavailableError(ArtifactError):
     """The storage does not answer, or lets nobody in; what is asked for may be whole, and trying later may help."""
+
+
+def next_action(error: BaseException, *, otherwise: str) -> str:
+    """Return what to do about a file that could not be read: one that is forbidden may be whole as it is."""
+    return "give the user of the job permission to read it" if isinstance(error, PermissionError) else otherwise
 
 
 class FileInfo(NamedTuple):

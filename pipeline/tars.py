@@ -21,7 +21,8 @@ _ZERO_BLOCK = bytes(TAR_BLOCK_BYTES)
 _ADLER_MODULUS = 65521
 
 _REGULAR_KINDS = b"0\x007"  # regular, regular before POSIX, contiguous
-_SKIPPED_KINDS = b"123456V"  # links, devices, directories, pipes, volume labels: no content follows their headers
+_LINK_KINDS = b"12"  # hard, symbolic
+_SKIPPED_KINDS = b"3456V"  # devices, directories, pipes, volume labels: no content follows their headers
 _EXTENSION_KINDS = b"LKxg"  # GNU long name, GNU long link, PAX header of the next member, PAX header of all that follow
 _OLD_REGULAR_KIND = 0
 _COMPRESSIONS = {
@@ -35,21 +36,21 @@ _COMPRESSIONS = {
 
 
 class Member(NamedTuple):
-    """A regular file of a tar.
+    """A regular file of a tar, or a link.
 
     Attributes:
         name: as stored; bytes that are not UTF-8 are surrogate-escaped, as tarfile does.
-        data: the whole content.
+        data: the whole content; None for a link, hard or symbolic, which has none of its own.
         offset: byte offset of its first header.
     """
 
     name: str
-    data: bytes
+    data: bytes | None
     offset: int
 
 
 def read_members(file: IO[bytes], *, where: str) -> Iterator[Member]:
-    """Yield the regular members of a tar in order; links, directories and devices are passed by.
+    """Yield the regular members and the links of a tar in order; directories and devices are passed by.
 
     Args:
         file: at the start of the tar; needs `read` only, which may return less than it was asked for.
@@ -71,10 +72,12 @@ def read_members(file: IO[bytes], *, where: str) -> Iterator[Member]:
             header = _read_extended_header(stream, header)
         if header.kind in _REGULAR_KINDS:
             yield Member(header.name.decode("utf-8", "surrogateescape"), stream.take(header.size), offset)
-        elif header.kind not in _SKIPPED_KINDS:
+        elif header.kind not in _LINK_KINDS + _SKIPPED_KINDS:
             raise stream.error(f"its members must be plain files, got type {chr(header.kind)!r} at byte {offset}")
         elif header.size:
             raise stream.error(f"a member of type {chr(header.kind)!r} has no content, got {header.size} bytes")
+        elif header.kind in _LINK_KINDS:
+            yield Member(header.name.decode("utf-8", "surrogateescape"), None, offset)
     stream.check_end()
 
 

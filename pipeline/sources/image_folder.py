@@ -7,10 +7,10 @@ folders. A plan holds the names of its files compressed, about 5 bytes a sample;
 
 from __future__ import annotations
 
-import os
+import logging
 import posixpath
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +21,19 @@ from pipeline.local_storage import LocalStorage
 from pipeline.sources.fields import checked_caption, checked_label, parse_caption, parse_json, printable
 from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
+from pipeline.sources.unreadable import read_images
 from pipeline.storage import ArtifactError, FileInfo, Storage, open_storage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision's list, so that the order of a tree is ImageFolder's."""
+CAPTIONED_EXTENSIONS = (*EXTENSIONS, ".gif", ".jfif", ".jpe")
 SIDECARS = (".txt", ".json")
 NUM_S3_READS = 16
 """Files of one unit that are under way at once on S3, where each costs a round trip."""
+MAX_NAMED_EXTENSIONS = 8
+MAX_EXTENSION_CHARS = 16
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +73,19 @@ class ImageFolderSource(Source):
         if isinstance(self._storage, LocalStorage) and not self._storage.root.is_dir():
             raise ArtifactError(f"plan source: root must be a folder, got {self._config.root!r}; check source.root")
         class_names: list[str] | None = None
+        unseen = Counter[str]()
         if self._config.layout == "class_per_folder":
             folders = _class_folders(self._storage)
-            class_names, images = list(folders), _images_of_classes(self._storage, folders)
+            class_names, images = [*map(printable, folders)], _images_of_classes(self._storage, folders, unseen=unseen)
         else:
-            images = _captioned_images(self._storage)
+            images = _captioned_images(self._storage, unseen=unseen)
         units: list[WorkUnit] = []
         while run := list(islice(images, self._config.samples_per_unit)):
             units.append(_make_unit(run, unit_index=len(units), start=len(units) * self._config.samples_per_unit))
         if not units:
             found = "class folders of images" if class_names is not None else "images with captions beside them"
             raise ArtifactError(f"plan source: {self._storage} must hold {found}, got none; check source.root")
+        _tell_of_unseen(unseen, where=str(self._storage))
         return make_plan(units, max_samples_per_unit=self._config.samples_per_unit, class_names=class_names)
 
     def read(self, unit: WorkUnit) -> Iterator[InputSample]:
@@ -119,7 +127,7 @@ class ImageFolderSource(Source):
     def _contents(self, wanted: Sequence[dict[str, str]]) -> Iterator[dict[str, bytes] | OSError]:
         """Yield what is in the files of each image, in order; on S3 several are fetched ahead."""
         if isinstance(self._storage, LocalStorage):
-            yield from map(self._read_files, wanted)
+            yield from read_images(self._storage.root, wanted)
             return
         waiting: deque[Future[dict[str, bytes] | OSError]] = deque()
         with ThreadPoolExecutor(NUM_S3_READS, thread_name_prefix="fetch") as pool:
@@ -170,9 +178,7 @@ def _runs(labels: Iterable[int | None]) -> tuple[tuple[int, int], ...]:
 def _class_folders(storage: Storage) -> dict[str, dict[str, FileInfo] | None]:
     """Return the class folders, sorted, each with its listing where one listing of the tree had to be made anyway."""
     if isinstance(storage, LocalStorage):  # also sees folders that hold nothing
-        with os.scandir(storage.root) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        return dict.fromkeys(names)
+        return dict.fromkeys(storage.folders())
     folders: defaultdict[str, dict[str, FileInfo]] = defaultdict(dict)
     for name, info in storage.list().items():
         folder, slash, _ = name.partition("/")
@@ -181,11 +187,14 @@ def _class_folders(storage: Storage) -> dict[str, dict[str, FileInfo] | None]:
     return dict(sorted(folders.items()))
 
 
-def _images_of_classes(storage: Storage, folders: dict[str, dict[str, FileInfo] | None]) -> Iterator[_ListedImage]:
-    """Yield the images class by class; an empty class is an error here as in torchvision."""
+def _images_of_classes(
+    storage: Storage, folders: dict[str, dict[str, FileInfo] | None], *, unseen: Counter[str]
+) -> Iterator[_ListedImage]:
+    """Yield the images class by class and count other files; an empty class is an error here as in torchvision."""
     for label, folder in enumerate(folders):
         listing = folders[folder] or storage.list(f"{folder}/")
-        names = _sorted_images(listing)
+        names = _sorted_images(listing, extensions=EXTENSIONS)
+        unseen.update(_unseen_extensions(listing, images=names))
         if not names:
             raise ArtifactError(
                 f"plan source: every class folder must hold images, got none in {storage.url_of(folder)}; remove it"
@@ -193,9 +202,11 @@ def _images_of_classes(storage: Storage, folders: dict[str, dict[str, FileInfo] 
         yield from (_ListedImage(((name, listing[name]),), label, 0) for name in names)
 
 
-def _captioned_images(storage: Storage) -> Iterator[_ListedImage]:
+def _captioned_images(storage: Storage, *, unseen: Counter[str]) -> Iterator[_ListedImage]:
     listing = storage.list()
-    names = _sorted_images(listing)
+    names = _sorted_images(listing, extensions=CAPTIONED_EXTENSIONS)
+    others = [name for name in listing if not name.endswith(SIDECARS)]
+    unseen.update(_unseen_extensions(others, images=names))
     if names and not any(name.endswith(SIDECARS) for name in listing):
         raise ArtifactError(
             f"plan source: images of {storage} must have captions beside them (NAME.txt or NAME.json), got none; "
@@ -209,7 +220,28 @@ def _captioned_images(storage: Storage) -> Iterator[_ListedImage]:
         yield _ListedImage(tuple(files), None, bits)
 
 
-def _sorted_images(listing: dict[str, FileInfo]) -> list[str]:
+def _sorted_images(listing: dict[str, FileInfo], *, extensions: tuple[str, ...]) -> list[str]:
     """Return the names of images in torchvision's order: all of a folder, then those of the folders in it."""
-    images = [name for name in listing if name.lower().endswith(EXTENSIONS)]
+    images = [name for name in listing if name.lower().endswith(extensions)]
     return sorted(images, key=lambda name: name.rpartition("/"))
+
+
+def _unseen_extensions(names: Iterable[str], *, images: Iterable[str]) -> Iterator[str]:
+    """Yield the extension of each file that is none of the images."""
+    for name in set(names).difference(images):
+        yield posixpath.splitext(name)[1] or "none"
+
+
+def _tell_of_unseen(num_of: Counter[str], *, where: str) -> None:
+    """Say in the log how many files of which extensions are not seen, the commonest first."""
+    if not num_of:
+        return
+    ordered = sorted(num_of.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{printable(extension)[:MAX_EXTENSION_CHARS]} {number}" for extension, number in ordered]
+    num_more = len(named) - MAX_NAMED_EXTENSIONS
+    logger.warning(
+        "plan source: %d files below %s are not seen, since their names do not end as those of images: %s",
+        num_of.total(),
+        where,
+        ", ".join(named[:MAX_NAMED_EXTENSIONS]) + (f" and {num_more} other endings" if num_more > 0 else ""),
+    )

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import Img2DatasetConfig
-from pipeline.sources.parquet_columns import JSON_VALUES, LABELS, TEXT, check_column, python_values, usable
-from pipeline.storage import ArtifactError, Storage
+from pipeline.sources.parquet_columns import JSON_VALUES, LABELS, TEXT, check_column, open_table, python_values, usable
+from pipeline.storage import ArtifactError, Storage, next_action
 
 SUCCESS = "success"
 KEY, STATUS, ERROR = "key", "status", "error_message"
@@ -65,7 +64,7 @@ def read_sidecar(storage: Storage, stem: str, *, config: Img2DatasetConfig) -> S
     """
     where = storage.url_of(f"{stem}.parquet")
     try:
-        file = pq.ParquetFile(pa.BufferReader(storage.map(f"{stem}.parquet")), page_checksum_verification=True)
+        file = open_table(pa.BufferReader(storage.map(f"{stem}.parquet")), page_checksum_verification=True)
         schema: pa.Schema = file.schema_arrow
         _check_columns(schema, config=config, where=where)
         captioned = config.caption_column in schema.names
@@ -74,9 +73,8 @@ def read_sidecar(storage: Storage, stem: str, *, config: Img2DatasetConfig) -> S
         columns = [name for name in dict.fromkeys(named) if name in schema.names]
         table = file.read(columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(
-            f"read {where}: must be img2dataset's sidecar, got {error}; let it write the shard again"
-        ) from error
+        action = next_action(error, otherwise="let it write the shard again")
+        raise ArtifactError(f"read {where}: must be img2dataset's sidecar, got {error}; {action}") from error
     keys = python_values(table.column(KEY))
     row_of = {key: row for row, key in enumerate(keys) if isinstance(key, str)}
     if len(row_of) < len(keys):
@@ -97,10 +95,12 @@ def read_sidecar(storage: Storage, stem: str, *, config: Img2DatasetConfig) -> S
 def _check_columns(schema: pa.Schema, *, config: Img2DatasetConfig, where: str) -> None:
     check_column(schema, KEY, field="root", rule=TEXT, where=where)
     check_column(schema, STATUS, field="root", rule=TEXT, where=where)
+    if ERROR in schema.names:
+        check_column(schema, ERROR, field="root", rule=JSON_VALUES, where=where)
     if config.caption_column in schema.names:
         check_column(schema, config.caption_column, field="caption_column", rule=TEXT, where=where)
     check_column(schema, config.label_column, field="label_column", rule=LABELS, where=where)
-    for column in config.extra_columns or ():
+    for column in _extra_columns(schema, config=config):
         check_column(schema, column, field="extra_columns", rule=JSON_VALUES, where=where)
 
 

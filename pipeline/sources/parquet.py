@@ -15,10 +15,9 @@ from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config import ParquetConfig, S3Config
-from pipeline.sources.fields import checked_caption, checked_label
+from pipeline.sources.fields import checked_caption, checked_label, printable
 from pipeline.sources.parquet_columns import (
     IMAGES,
     JSON_VALUES,
@@ -26,6 +25,7 @@ from pipeline.sources.parquet_columns import (
     TEXT,
     check_column,
     image_values,
+    open_table,
     python_values,
     read_footer,
     usable,
@@ -33,7 +33,7 @@ from pipeline.sources.parquet_columns import (
 from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.urls import ListedFile, list_files, read_class_names
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import ArtifactError, next_action, open_storage
 
 NUM_FOOTER_THREADS = 16
 ROWS_PER_BATCH = 32
@@ -126,7 +126,7 @@ class ParquetSource(Source):
         where, num_rows = storage.url_of(groups.name), 0
         try:
             with storage.open(groups.name) as file:
-                table = pq.ParquetFile(
+                table = open_table(
                     file, buffer_size=READ_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
                 )
                 for batch in table.iter_batches(
@@ -140,7 +140,7 @@ class ParquetSource(Source):
         except (OSError, IndexError, pa.ArrowException) as error:
             raise ArtifactError(
                 f"read {where}: row groups {groups.start}..{groups.stop - 1} must be whole, got {error}; "
-                "fetch or write it again"
+                f"{next_action(error, otherwise='fetch or write it again')}"
             ) from error
         if num_rows != groups.num_rows:
             raise ArtifactError(
@@ -161,9 +161,10 @@ class ParquetSource(Source):
             for column in (self._config.caption_column, self._config.label_column)
         )
         extras = {column: python_values(batch.column(column)) for column in self._config.extra_columns}
+        base_name = printable(groups.name.rpartition("/")[2])
         for index, image in enumerate(images):
             position, path = start + index, paths[index]
-            source = f"{groups.name.rpartition('/')[2]}#{groups.first_row + position}"
+            source = f"{base_name}#{groups.first_row + position}"
             try:
                 if image is None:
                     raise _no_image(path, is_there=is_there[index])
@@ -187,7 +188,7 @@ def _no_image(path: str | None, *, is_there: bool) -> UnusableSampleError:
 
 
 def _make_unit(file: ListedFile, groups: RowGroups, *, unit_index: int) -> WorkUnit:
-    name = f"{file.base_name} row groups {groups.start}..{groups.stop - 1}"
+    name = f"{printable(file.base_name)} row groups {groups.start}..{groups.stop - 1}"
     return WorkUnit(
         unit_index=unit_index,
         name=name,

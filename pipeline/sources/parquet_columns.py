@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.sources.sample import UnusableSampleError
-from pipeline.storage import ArtifactError, Storage
+from pipeline.storage import ArtifactError, Storage, next_action
 
 FOOTER_GUESS_BYTES = 1 << 16
 _MAGIC = b"PAR1"
 _TRAILER_BYTES = 8
+_ARROW_TYPES = b"ARROW:schema"
 _BINARY_TYPES = frozenset(("binary", "large_binary", "binary_view"))
 _TEXT_TYPES = frozenset(("string", "large_string", "string_view"))
 
@@ -50,7 +52,32 @@ def read_footer(storage: Storage, name: str, *, num_bytes: int) -> pq.FileMetaDa
             tail = storage.read_bytes(name, start=num_bytes - wanted, end=num_bytes)
         return pq.read_metadata(pa.BufferReader(_MAGIC + tail[-wanted:]))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ArtifactError(f"read {where}: must be a Parquet file, got {error}; fetch or write it again") from error
+        action = next_action(error, otherwise="fetch or write it again")
+        raise ArtifactError(f"read {where}: must be a Parquet file, got {error}; {action}") from error
+
+
+def open_table(file: Any, **options: Any) -> pq.ParquetFile:
+    """Return an open Parquet file of which a value that is no UTF-8 spoils no other one.
+
+    Arrow checks the text of a dictionary column as a whole; Parquet itself knows no such columns, only what the writer
+    kept of Arrow's types, which is passed over where it holds one.
+
+    Args:
+        file: open for reading, seekable; stays open.
+        options: of `pq.ParquetFile`.
+    """
+    table = pq.ParquetFile(file, **options)
+    if any(_holds(field.type, pa.types.is_dictionary) for field in table.schema_arrow):
+        return pq.ParquetFile(file, metadata=_footer_without_arrow_types(file), **options)
+    return table
+
+
+def _footer_without_arrow_types(file: Any) -> pq.FileMetaData:
+    file.seek(-_TRAILER_BYTES, os.SEEK_END)
+    wanted = int.from_bytes(file.read(4), "little") + _TRAILER_BYTES
+    file.seek(-wanted, os.SEEK_END)
+    footer = file.read(wanted).replace(_ARROW_TYPES, b"-" * len(_ARROW_TYPES))
+    return pq.read_metadata(pa.BufferReader(_MAGIC + footer))
 
 
 @dataclass(frozen=True)
@@ -133,7 +160,7 @@ def python_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # Parquet's writers need not check text, and one bad value spoils the whole list
         values = [_python_value(value) for value in column]
-    return [_without_nan(value) for value in values] if _holds_floats(column.type) else values
+    return [_without_nan(value) for value in values] if _holds(column.type, pa.types.is_floating) else values
 
 
 def image_values(column: pa.Array) -> tuple[list[bytes | None], list[str | None], list[bool]]:
@@ -165,13 +192,16 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _holds_floats(kind: pa.DataType) -> bool:
+def _holds(kind: pa.DataType, is_such: Callable[[pa.DataType], bool]) -> bool:
+    """Whether a type, or one inside it, is such a one."""
+    if is_such(kind):
+        return True
     kind = _value_type(kind)
     if pa.types.is_struct(kind):
-        return any(_holds_floats(kind.field(index).type) for index in range(kind.num_fields))
+        return any(_holds(kind.field(index).type, is_such) for index in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _holds_floats(kind.value_type)
-    return bool(pa.types.is_floating(kind))
+        return _holds(kind.value_type, is_such)
+    return is_such(kind)
 
 
 def _without_nan(value: Any) -> Any:

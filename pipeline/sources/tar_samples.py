@@ -1,7 +1,7 @@
 """The members of a tar as samples, by webdataset's rules.
 
-The invariant: every member that webdataset would see is in a sample; what is odd about a sample is that sample's
-problem, what is odd about the tar is an error (`pipeline.tars`), never a shorter corpus.
+The invariant: every member that webdataset would see is in a sample, and so is a link that is named as one. What is odd
+about a sample is that sample's problem, what is odd about the tar an error (`pipeline.tars`), never a shorter corpus.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from pipeline.config import S3Config
 from pipeline.sources.fields import checked_caption, checked_label, parse_caption, parse_json, parse_label
 from pipeline.sources.sample import InputSample, UnusableSampleError
-from pipeline.storage import ArtifactError, open_storage, split_url
+from pipeline.storage import ArtifactError, next_action, open_storage, split_url
 from pipeline.tars import read_members
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+TEXT_EXTENSIONS = frozenset(("txt", "json", "cls"))
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
-Members = list[tuple[str, bytes]]
-"""The members of one sample: lower-case extension and data."""
+Members = list[tuple[str, bytes | None]]
+"""The members of one sample: lower-case extension and data, None for a link."""
 
 
 def read_groups(url: str, *, s3: S3Config) -> Iterator[tuple[str, Members]]:
@@ -37,13 +38,17 @@ def read_groups(url: str, *, s3: S3Config) -> Iterator[tuple[str, Members]]:
                 match = _MEMBER_NAME.match(member.name)
                 if match is None or _META_NAME.match(member.name):
                     continue
+                extension = match.group(2).lower()
+                if member.data is None and extension not in IMAGE_EXTENSIONS | TEXT_EXTENSIONS:
+                    continue
                 if members and match.group(1) != key:
                     yield key, members
                     members = []
                 key = match.group(1)
-                members.append((match.group(2).lower(), member.data))
+                members.append((extension, member.data))
     except OSError as error:
-        raise ArtifactError(f"read {url}: must be readable, got {error}; fetch or write it again") from error
+        action = next_action(error, otherwise="fetch or write it again")
+        raise ArtifactError(f"read {url}: must be readable, got {error}; {action}") from error
     if members:
         yield key, members
 
@@ -91,9 +96,12 @@ def split_members(members: Members) -> tuple[bytes, dict[str, bytes]]:
     """Return the image of a sample and its other members by extension.
 
     Raises:
-        UnusableSampleError: an extension stands there twice, or there is not exactly one image.
+        UnusableSampleError: a member is a link, an extension stands there twice, or there is not exactly one image.
     """
-    texts = dict(members)
+    texts = {extension: data for extension, data in members if data is not None}
+    if any(data is None for _, data in members):
+        detail = f"{_named(members)}, a link among them; write the tar with --dereference and --hard-dereference"
+        raise UnusableSampleError("link", detail)
     if len(texts) < len(members):
         raise UnusableSampleError("duplicate_member", _named(members))
     images = [extension for extension in texts if extension in IMAGE_EXTENSIONS]

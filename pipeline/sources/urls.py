@@ -88,8 +88,24 @@ def read_lines(url: str, *, field: str, s3: S3Config) -> list[str]:
 
 
 def read_class_names(url: str | None, *, s3: S3Config) -> tuple[str, ...] | None:
-    """Return the class names of a file with one a line, in label order; None where no file is named."""
-    return None if url is None else tuple(read_lines(url, field="class_names", s3=s3))
+    """Return the class names of a file with one a line, in label order; None where no file is named.
+
+    Raises:
+        ArtifactError: it holds none, or a blank line before the last name, so that a label would have no class.
+    """
+    if url is None:
+        return None
+    names = read_lines(url, field="class_names", s3=s3)
+    while names and not names[-1].strip():
+        names.pop()
+    blank = next((number for number, name in enumerate(names, start=1) if not name.strip()), None)
+    if not names or blank is not None:
+        got = "none" if blank is None else f"none on line {blank}"
+        raise ArtifactError(
+            f"plan source: every line of class_names {url!r} must hold a class, label i on line i + 1, got {got}; "
+            "mend the file"
+        )
+    return tuple(names)
 
 
 def _expand_braces(urls: Iterable[str], *, field: str) -> Iterator[str]:

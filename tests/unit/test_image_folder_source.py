@@ -134,6 +134,61 @@ def test_folders_without_images_and_hidden_ones(tmp_path: Path) -> None:
         source_of(tmp_path).plan()
 
 
+def test_a_class_folder_that_is_a_link_to_nothing_moves_no_label(tmp_path: Path) -> None:
+    write(tmp_path, {"a/0.png": b"x", "c/0.png": b"x"})
+    (tmp_path / "b").symlink_to("/gone/b")
+    with pytest.raises(ArtifactError, match=r"list .*/b: a link must lead to .* got one to '/gone/b', .* remove the"):
+        source_of(tmp_path).plan()
+
+
+def test_a_link_back_to_the_root_is_no_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "root", {"a/0.png": b"a", "z/0.png": b"z"})
+    elsewhere = write(tmp_path / "elsewhere", {"1.png": b"m"})
+    (root / "self").symlink_to(".")
+    (root / "m").symlink_to(elsewhere)
+    (root / "a" / "up").symlink_to("..")
+    source = source_of(root)
+    assert source.plan().class_names == ("a", "m", "z")
+    assert [(sample.source, sample.label) for sample in read(source)] == [
+        ("a/0.png", 0),
+        ("m/1.png", 1),
+        ("z/0.png", 2),
+    ]
+    for link in ("self", "a/up"):
+        told = f"list {root}/{link}: the link leads back to a directory above it and is left out"
+        assert told in [record.getMessage() for record in caplog.records]
+
+
+NOT_SEEN = "plan source: {} files below {} are not seen, since their names do not end as those of images: {}"
+
+
+def test_files_that_are_not_seen_are_counted_by_extension(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = ["a/0.png", "a/1.JPG", "b/2.webp", "b/deep/3.tiff"]
+    write(tmp_path, dict.fromkeys([*seen, "a/0.gif", "b/1.gif", "b/2.GIF", "b/d", "a/e.v1/x.heic"], b"x"))
+    assert [sample.source for sample in read(source_of(tmp_path))] == seen
+    assert [record.getMessage() for record in caplog.records] == [
+        NOT_SEEN.format(5, tmp_path, ".gif 2, .GIF 1, .heic 1, none 1")
+    ]
+    caplog.clear()
+    write(tmp_path, {f"a/{number}.x{number:02d}" + "y" * 100: b"x" for number in range(9)})
+    source_of(tmp_path).plan()
+    shown = ", ".join([".gif 2", ".GIF 1", ".heic 1", *(f".x0{number}yyyyyyyyyyyy 1" for number in range(5))])
+    assert [record.getMessage() for record in caplog.records] == [
+        NOT_SEEN.format(14, tmp_path, f"{shown} and 5 other endings")
+    ]
+
+
+def test_captioned_images_have_more_extensions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["a.gif", "b.JFIF", "c.jpe", "d.png", "e.heic"]
+    write(tmp_path, {name: name.encode() for name in names} | {f"{name[0]}.txt": b"words" for name in names})
+    write(tmp_path, {"orphan.json": b"{}", "f.TXT": b"x"})
+    samples = read(captions(tmp_path))
+    assert [(sample.source, sample.data, sample.caption) for sample in samples] == [
+        (name, name.encode(), "words") for name in names[:4]
+    ]
+    assert [record.getMessage() for record in caplog.records] == [NOT_SEEN.format(2, tmp_path, ".TXT 1, .heic 1")]
+
+
 def test_names_of_any_bytes_are_read(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for number, name in enumerate((b"line\nbreak.png", "\u00e9\U0001f600.png".encode(), b"latin\xe9.png")):
@@ -144,6 +199,16 @@ def test_names_of_any_bytes_are_read(tmp_path: Path) -> None:
         "a/\u00e9\U0001f600.png": b"1",
         "a/latin\\xe9.png": b"2",
     }
+
+
+def test_class_folders_of_any_bytes_have_printable_names(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"a", "\u00e9".encode()):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        folder.mkdir()
+        (folder / "0.png").write_bytes(name)
+    source = source_of(tmp_path)
+    assert source.plan().class_names == ("a", "caf\\xe9", "\u00e9")
+    assert [sample.data for sample in read(source)] == [b"a", b"caf\xe9", b"\xc3\xa9"]
 
 
 def test_a_plan_holds_a_few_bytes_a_sample(tmp_path: Path) -> None:

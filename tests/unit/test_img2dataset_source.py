@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from forbidden import forbidden
 from img2dataset_shards import NO_DOWNLOAD, NO_RESIZE, SUCCESS, row_of, write_shard
 from toy_corpus import png
 
@@ -113,12 +115,45 @@ def test_a_tar_without_its_stats_is_an_error_unless_allowed(tmp_path: Path) -> N
     assert [(unit.unit_index, unit.name) for unit in units] == [(0, "00000.tar"), (1, "00002.tar")]
 
 
+def test_a_shard_of_which_only_the_sidecar_is_left_is_unfinished(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_shards=3)
+    (tmp_path / "00001_stats.json").unlink()
+    (tmp_path / "00001.tar").unlink()
+    with pytest.raises(ArtifactError, match=r"must have its _stats\.json, got 1 without: 00001; .*allow_unfinished"):
+        source_of(tmp_path).plan()
+    assert [unit.name for unit in source_of(tmp_path, allow_unfinished=True).plan().units] == ["00000.tar", "00002.tar"]
+
+
+@pytest.mark.parametrize("column", ["url", "status", "error_message", "caption"])
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path, column: str) -> None:
+    write_folder(tmp_path)
+    table = pq.read_table(tmp_path / "00001.parquet")
+    pq.write_table(table.append_column(column, table[column]), tmp_path / "00001.parquet")
+    with pytest.raises(
+        ArtifactError, match=rf"00001\.parquet: there must be one column '{column}' .* got 2 of it among"
+    ):
+        read(source_of(tmp_path), 1)
+
+
 @pytest.mark.parametrize("ending", [".tar", ".parquet"])
 def test_a_finished_shard_that_lacks_a_file_is_an_error(tmp_path: Path, ending: str) -> None:
     write_folder(tmp_path)
     (tmp_path / f"00001{ending}").unlink()
     with pytest.raises(ArtifactError, match=r"must have its \.tar and \.parquet, got 1 without: 00001"):
         source_of(tmp_path).plan()
+
+
+@pytest.mark.parametrize("name", ["00000_stats.json", "00000.parquet", "00000.tar"])
+def test_a_file_that_may_not_be_read_is_not_to_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    source = source_of(Path())
+    unit = source.plan().units[0]
+    said = rf"read \./{name}: .*Permission denied.*; give the user of the job permission to read it$"
+    with forbidden(Path(name)), pytest.raises(ArtifactError, match=said):
+        list(source.read(unit))
 
 
 def test_a_folder_of_something_else_is_an_error(tmp_path: Path) -> None:

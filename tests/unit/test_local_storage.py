@@ -146,11 +146,31 @@ def test_a_link_to_a_directory_is_listed_but_not_one_that_leads_back(
     (root / "again").symlink_to(root / "a")
     (root / "a" / "b" / "up").symlink_to(root)
     (elsewhere / "self").symlink_to(elsewhere)
-    (root / "dangling").symlink_to(tmp_path / "nowhere")
     names = ["a/b/1.txt", "a/link/2.txt", "again/b/1.txt", "again/link/2.txt"]
     assert list(LocalStorage(root).list()) == names
     told = f"list {root}/a/b/up: the link leads back to a directory above it and is left out"
     assert told in [record.getMessage() for record in caplog.records]
+    for prefix in ("a/", "a/b/", "a/b/up/", "a/link/", "a/link/self/", "again/b/", "none/"):
+        assert list(LocalStorage(root).list(prefix)) == [name for name in names if name.startswith(prefix)], prefix
+
+
+def test_a_link_to_nothing_is_no_shorter_listing(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "1.txt").write_text("1")
+    (root / "a" / ".hidden").symlink_to(tmp_path / "gone")
+    assert list(LocalStorage(root).list()) == ["1.txt"]
+    for target in ("/gone/away.png", "../1.txt/x", "self.png"):
+        (root / "a" / "self.png").symlink_to(target)
+        for prefix in ("", "a/", "a/s"):
+            with pytest.raises(ArtifactError) as caught:
+                LocalStorage(root).list(prefix)
+            assert str(caught.value) == (
+                f"list {root}/a/self.png: a link must lead to a file or folder, got one to {target!r}, where there is "
+                "none; mend or remove the link"
+            )
+        assert LocalStorage(root).list("a/t") == {}
+        (root / "a" / "self.png").unlink()
 
 
 @pytest.mark.parametrize(
@@ -201,3 +221,10 @@ def test_what_is_missing_or_forbidden_is_no_outage(tmp_path: Path) -> None:
         LocalStorage(tmp_path).open("a.bin")
     with pytest.raises(IsADirectoryError):
         LocalStorage(tmp_path).read_bytes("")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(OSError, match=r"not a regular file: '.*/a\.png'"):
+        LocalStorage(tmp_path).read_bytes("a.png")

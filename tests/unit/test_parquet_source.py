@@ -1,6 +1,7 @@
 """Parquet as a source: row groups are units, only the named columns count, every row is a sample or has its reason."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forbidden import forbidden
 from toy_corpus import png
 
 from pipeline.config import ParquetConfig, S3Config
@@ -53,6 +55,14 @@ def test_a_row_becomes_a_sample_with_the_named_columns(tmp_path: Path) -> None:
         ),
         InputSample(position=1, source="a.parquet#1", data=png(1), extra={"url": "v", "text": None}),
     ]
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_and_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": [b"x"]})  # pyarrow opens no such name, we do
+    path.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    source = source_of(f"{tmp_path}/*.parquet")
+    assert [unit.name for unit in source.plan().units] == ["caf\\xe9.parquet row groups 0..0"]
+    assert [sample.source for sample in read_all(source)] == ["caf\\xe9.parquet#0"]
 
 
 def test_units_are_runs_of_row_groups_and_never_span_two_files(tmp_path: Path) -> None:
@@ -182,6 +192,24 @@ def test_text_that_is_not_utf8_is_that_rows_problem_alone(tmp_path: Path) -> Non
     assert reasons(read_all(source_of(path, extra_columns=("caption",)))) == [None, "bad_text", None]
 
 
+def test_text_of_a_dictionary_column_that_is_not_utf8_is_its_rows_problem_alone(tmp_path: Path) -> None:
+    bad = pa.array([b"ok", b"\xff\xfe", b"go"]).view(pa.string())
+    texts = pa.DictionaryArray.from_arrays(pa.array([2, 1, None, 0, 2], pa.int8()), bad)
+    columns = {"image": [b"x"] * 5, "caption": texts, "info": pa.StructArray.from_arrays([texts], ["t"])}
+    path = write(tmp_path / "a.parquet", columns | {"label": pa.array([4, 3, None, 1, 0]).dictionary_encode()})
+    samples = read_all(source_of(path, caption_column="caption", label_column="label"))
+    assert reasons(samples) == [None, "bad_text", None, None, None]
+    assert [(sample.caption, sample.label) for sample in samples if sample.problem is None] == [
+        ("go", 4),
+        (None, None),
+        ("ok", 1),
+        ("go", 0),
+    ]
+    samples = read_all(source_of(path, extra_columns=("info",)))
+    assert reasons(samples) == [None, "bad_text", None, None, None]
+    assert samples[3].extra == {"info": {"t": "ok"}}
+
+
 def test_extra_values_can_be_written_as_json(tmp_path: Path) -> None:
     columns = {
         "image": [b"x"],
@@ -223,6 +251,19 @@ def test_a_file_that_is_no_parquet_fails_the_plan_by_name(tmp_path: Path) -> Non
         (tmp_path / "b.parquet").write_bytes(data)
         with pytest.raises(ArtifactError, match=r"read .*b\.parquet: must be a Parquet file, got .*again"):
             source_of(f"{tmp_path}/*.parquet").plan()
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.parquet", {"image": [b"x"]})
+    monkeypatch.chdir(tmp_path)
+    source = source_of("a.parquet")
+    (unit,) = source.plan().units
+    said = r"read \./a\.parquet: .* Permission denied.*; give the user of the job permission to read it$"
+    for look in (source.plan, lambda: list(source.read(unit))):
+        with forbidden(Path("a.parquet")), pytest.raises(ArtifactError, match=said):
+            look()
 
 
 def test_a_footer_longer_than_the_first_read_is_read_whole(tmp_path: Path) -> None:

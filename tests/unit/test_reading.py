@@ -105,6 +105,28 @@ def test_a_sample_that_cannot_be_used_has_its_reason_and_the_next_is_read(
     assert (good.source, good.position, good.problem, good.label) == ("z", 1, None, 1)
 
 
+def test_a_link_in_a_tar_makes_its_sample_a_reject(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, kind in [
+            ("a.png", tarfile.REGTYPE),
+            ("b.png", tarfile.LNKTYPE),
+            ("c.png", tarfile.REGTYPE),
+            ("c.TXT", tarfile.SYMTYPE),
+            ("d/" * 60 + "d.jpg", tarfile.SYMTYPE),
+            ("e.png", tarfile.REGTYPE),
+            ("e.v2", tarfile.SYMTYPE),
+            ("latest.v1", tarfile.SYMTYPE),
+            ("noext", tarfile.LNKTYPE),
+            ("f.png", tarfile.REGTYPE),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "" if kind == tarfile.REGTYPE else "a.png"
+            tar.addfile(member)
+    samples = [(sample.source, sample.problem and sample.problem.reason) for sample in read(tmp_path / "t.tar")]
+    linked = [("b", "link"), ("c", "link"), ("d/" * 60 + "d", "link")]
+    assert samples == [("a", None), *linked, ("e", None), ("f", None)]
+
+
 def test_a_key_at_two_places_is_rejected_the_second_time(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "t.tar", [("a.png", png(0)), ("b.png", png(1)), ("a.json", b"{}")])
     samples = read(path)

@@ -11,11 +11,11 @@ import pytest
 from pydantic import ValidationError
 from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar, write_tars, write_tiny_tokenizer
 
-from pipeline.config import TokenizeConfig
+from pipeline.config import S3Config, TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, Manifest, read_manifest, read_record
 from pipeline.rejects import Counts, Reject, count
-from pipeline.resume import check_identity, find_finished
+from pipeline.resume import check_identity, find_finished, with_begun_keys
 from pipeline.retry import RetrySource
 from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError, open_storage
@@ -219,6 +219,21 @@ def test_another_tokenizer_in_the_same_directory_is_refused_naming_the_fields(ro
     the_plan = make_source(config.source, s3=config.s3).plan()
     with pytest.raises(ArtifactError, match=r"got fingerprint\.weights_sha256 '\w+' -> '\w+'; use another run_dir"):
         check_identity(open_storage(str(root / "set")), config=config, plan=the_plan, fingerprint=fingerprint)
+
+
+def test_a_set_keeps_the_key_widths_that_it_was_begun_with(root: Path) -> None:
+    storage = open_storage(str(root / "set"))
+    with (root / "tars" / "00001.tar").open("ab") as file:
+        file.truncate(5_000 * 512)  # at most 5000 samples, where the set was begun with room for 100
+    grown = make_source(config_of(root).source, s3=S3Config()).plan()
+    assert (grown.keys.key(1, 7), with_begun_keys(storage, grown).keys.key(1, 7)) == ("000010007", "0000107")
+    edit_json(root / "set" / "plan.json", lambda plan: plan.update(position_digits=3))  # as a version before chose
+    assert with_begun_keys(storage, grown).keys.key(1, 7) == "00001007"
+    for damaged in ("{", "[]", '{"unit_digits": null}'):
+        (root / "set" / "plan.json").write_text(damaged)
+        assert with_begun_keys(storage, grown) == grown
+    (root / "set" / "plan.json").unlink()
+    assert with_begun_keys(storage, grown) == grown
 
 
 def test_counts_that_do_not_balance_cannot_be_made() -> None:

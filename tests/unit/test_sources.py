@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from toy_corpus import write_folder, write_tars
+from toy_corpus import write_folder, write_tar, write_tars
 
 from pipeline.config import ImageFolderConfig, S3Config, SourceConfig, WebDatasetConfig
 from pipeline.sources.plan import Plan
@@ -52,8 +52,20 @@ def test_keys_are_unit_then_position_and_wide_enough_for_the_largest_tar(tmp_pat
 def test_a_position_that_the_plan_did_not_foresee_has_no_key(tmp_path: Path) -> None:
     keys = plan(tars(write_tars(tmp_path, num_tars=1, samples_per_tar=3))).keys
     assert keys.key(0, 99) == "0000099"
-    with pytest.raises(ValueError, match="unit 0: position must have 2 digits as planned, got 100; rerun"):
+    rule = (
+        r"unit 0: position must have 2 digits, as plan\.json of the set says, got 100; put the input back as it was, or"
+    )
+    with pytest.raises(ArtifactError, match=rule):
         keys.key(0, 100)
+
+
+def test_keys_have_room_for_a_tar_of_nothing_but_empty_members(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [(f"{number:04d}.jpg", b"") for number in range(1020)])
+    source = make_source(tars(str(tmp_path / "0.tar")), s3=S3Config())
+    the_plan = source.plan()
+    positions = [sample.position for sample in source.read(the_plan.units[0])]
+    assert positions == list(range(1020))
+    assert the_plan.keys.key(0, 1019) == "000001019"
 
 
 def test_folder_keys_are_as_wide_as_the_samples_of_a_unit(tmp_path: Path) -> None:
@@ -94,6 +106,20 @@ def test_fingerprints_are_those_of_names_and_sizes_as_json(tmp_path: Path) -> No
     assert unit.fingerprint == expected
 
 
+def test_a_tar_whose_name_is_not_utf8_is_read_and_named(tmp_path: Path) -> None:
+    write_tars(tmp_path, num_tars=1, samples_per_tar=2)
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.tar"))
+    (tmp_path / "00000.tar").rename(path)
+    source = make_source(tars(f"{tmp_path}/*.tar"), s3=S3Config())
+    (unit,) = source.plan().units
+    assert unit.name == "caf\\xe9.tar"
+    assert [sample.source for sample in source.read(unit)] == ["s0000", "s0001"]
+    path.write_bytes(b"x")
+    with pytest.raises(ArtifactError) as caught:
+        list(source.read(unit))
+    assert rf"{tmp_path}/caf\udce9.tar: must be a whole tar".encode() in str(caught.value).encode()
+
+
 def test_a_mark_changes_when_a_file_is_written_again(tmp_path: Path) -> None:
     pattern = write_tars(tmp_path, num_tars=2)
     before = [unit.mark for unit in plan(tars(pattern)).units]
@@ -106,6 +132,17 @@ def test_class_names_of_tars_come_from_their_file(tmp_path: Path) -> None:
     pattern = write_tars(tmp_path, num_tars=1)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     assert plan(tars(pattern, class_names=str(tmp_path / "classes.txt"))).class_names == ("cat", "dog")
+
+
+def test_a_blank_line_is_no_class(tmp_path: Path) -> None:
+    pattern, classes = write_tars(tmp_path, num_tars=1), tmp_path / "classes.txt"
+    for text in ("cat\ndog\n\n", "cat\ndog\n \n\n", "cat\r\ndog\r\n\r\n", "cat\ndog"):
+        classes.write_text(text)
+        assert plan(tars(pattern, class_names=str(classes))).class_names == ("cat", "dog"), text
+    for text, got in (("cat\n\ndog\n", "none on line 2"), ("\ncat", "none on line 1"), ("", "none"), ("\n\n", "none")):
+        classes.write_text(text)
+        with pytest.raises(ArtifactError, match=rf"class_names .*classes\.txt' must hold a class, .* got {got}; mend"):
+            plan(tars(pattern, class_names=str(classes)))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -44,12 +44,23 @@ class Stream:
 
 
 def read(data: bytes) -> Contents:
-    return [(member.name, member.data) for member in read_members(io.BytesIO(data), where="t.tar")]
+    """The members that are no links."""
+    members = read_members(io.BytesIO(data), where="t.tar")
+    return [(member.name, member.data) for member in members if member.data is not None]
 
 
 def read_with_tarfile(data: bytes) -> Contents:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]  # type: ignore[union-attr]
+
+
+def links(data: bytes) -> list[str]:
+    return [member.name for member in read_members(io.BytesIO(data), where="t.tar") if member.data is None]
+
+
+def links_with_tarfile(data: bytes) -> list[str]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [info.name for info in tar if info.islnk() or info.issym()]
 
 
 def refusal(data: bytes) -> str:
@@ -201,15 +212,18 @@ def test_tars_of_the_tar_command_read_the_same(tmp_path: Path, tar_format: str) 
     data = (tmp_path / "t.tar").read_bytes()
     assert read(data) == read_with_tarfile(data)
     assert len(read(data)) == len(names)
+    assert links(data) == links_with_tarfile(data)
+    assert len(links(data)) == 2
 
 
-def test_everything_but_plain_files_is_passed_by() -> None:
+def test_everything_but_plain_files_and_links_is_passed_by() -> None:
     blocks = [bytes(header_of(f"{kind!r}", kind=kind)) for kind in (b"1", b"2", b"3", b"4", b"5", b"6", b"V")]
     blocks += [bytes(header_of("old directory/", kind=b"\0"))]
     blocks += [bytes(header_of(f"{kind!r}.png", kind=kind, size=3)) + padded(b"abc") for kind in (b"\0", b"0", b"7")]
     data = b"".join(blocks) + bytes(1024)
     assert read(data) == [("b'\\x00'.png", b"abc"), ("b'0'.png", b"abc"), ("b'7'.png", b"abc")]
     assert read_with_tarfile(data) == read(data)
+    assert links(data) == ["b'1'", "b'2'"] == links_with_tarfile(data)
 
 
 def test_pax_fields_replace_those_of_the_header() -> None:
