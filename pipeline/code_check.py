@@ -7,7 +7,6 @@ units that hold the sampled samples, so these are few.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +15,14 @@ from pydantic import ValidationError
 
 from pipeline.config import S3Config, TokenizeConfig
 from pipeline.ledger import read_manifest
-from pipeline.prepare import PreparedSample, prepare_sample
-from pipeline.retry import RetryDetails, RetrySource, with_retries
+from pipeline.prepare import prepare_sample
+from pipeline.rejects import Reject
+from pipeline.resume import with_begun_keys
+from pipeline.retry import Pick, RetrySource, find_picks, max_image_pixels_of, with_retries
 from pipeline.shards import open_shard
-from pipeline.sources.plan import KeyFormat, WorkUnit
+from pipeline.sources.plan import WorkUnit
 from pipeline.sources.registry import make_source
+from pipeline.sources.sample import InputSample
 from pipeline.storage import ArtifactError, Storage
 from tokenization.tokenizer import Tokenizer
 
@@ -65,7 +67,7 @@ def check_codes(storage: Storage, *, s3: S3Config, num_samples: int = 64, seed: 
             f"{tokenizer.fingerprint.digest} from {config.tokenizer.weights!r}; put the old weights back"
         )
     source = make_source(config.source, s3=s3)
-    plan = with_retries(storage, source.plan())
+    plan = with_retries(storage, with_begun_keys(storage, source.plan()))
     generator = np.random.default_rng(seed)
     num_shards = min(MAX_UNITS, len(manifest.shards), num_samples)
     num_differing = num_codes = num_checked = 0
@@ -73,38 +75,29 @@ def check_codes(storage: Storage, *, s3: S3Config, num_samples: int = 64, seed: 
         reader = open_shard(storage, f"shards/{manifest.shards[shard_index].name}")
         num_wanted = min(reader.num_samples, -(-num_samples // num_shards))
         positions = sorted(generator.choice(reader.num_samples, num_wanted, replace=False))
-        stored = {sample.key: sample.codes_VT for sample in (reader.sample(int(p)) for p in positions)}
+        stored = [reader.sample(int(position)) for position in positions]
         unit = plan.units[int(manifest.shards[shard_index].name.partition(".")[0])]
-        found = _prepare(RetrySource(source), unit, keys=plan.keys, config=config, wanted=stored.keys())
-        if len(found) < len(stored):
-            raise ArtifactError(
-                f"check codes of {storage}: {unit.name} must still hold {len(stored)} sampled samples, got "
-                f"{len(found)}; put the corpus back as it was"
-            )
-        again = tokenizer.encode(np.concatenate([images for _, images in found]))
-        before = np.concatenate([stored[key] for key, _ in found])
+        picks = [Pick(plan.keys.split(sample.key)[1], sample.metadata["source"]) for sample in stored]
+        samples = find_picks(RetrySource(source).read(unit), picks, unit_name=unit.name)
+        images = [_prepare(sample, unit, config=config, where=str(storage)) for sample in samples]
+        again = tokenizer.encode(np.concatenate(images))
+        before = np.concatenate([sample.codes_VT for sample in stored])
         num_differing += int((again != before).sum())
         num_codes += before.size
-        num_checked += len(found)
+        num_checked += len(stored)
     return CodeCheck(num_samples=num_checked, num_codes=num_codes, num_differing=num_differing)
 
 
-def _prepare(
-    source: RetrySource, unit: WorkUnit, *, keys: KeyFormat, config: TokenizeConfig, wanted: Collection[str]
-) -> list[tuple[str, npt.NDArray[np.uint8]]]:
-    """Return key and views of the wanted samples of a unit, cropped as the job does it."""
-    limit = config.max_image_pixels
-    if isinstance(unit.details, RetryDetails):
-        limit = unit.details.planned.max_image_pixels
-    found = []
-    for sample in source.read(unit):
-        key = keys.key(unit.unit_index, sample.position)
-        if key not in wanted:
-            continue
-        prepared = prepare_sample(sample, key=key, config=config, max_image_pixels=limit)
-        if isinstance(prepared, PreparedSample):
-            found.append((key, prepared.images_VHWC))
-    return found
+def _prepare(sample: InputSample, unit: WorkUnit, *, config: TokenizeConfig, where: str) -> npt.NDArray[np.uint8]:
+    """Return the views of a sample of a unit, cropped as the job does it."""
+    limit = max_image_pixels_of(unit, config=config)
+    prepared = prepare_sample(sample, key="", config=config, max_image_pixels=limit)
+    if isinstance(prepared, Reject):
+        raise ArtifactError(
+            f"check codes of {where}: {unit.name} must still hold {sample.source} as it was, got {prepared.reason}: "
+            f"{prepared.detail}; put the corpus back as it was"
+        )
+    return prepared.images_VHWC
 
 
 def _read_config(storage: Storage) -> TokenizeConfig:

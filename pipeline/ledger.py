@@ -46,7 +46,8 @@ class LedgerRecord(Config):
     unit_fingerprint: str
     """Of the names and sizes of its input files."""
     input_mark: str
-    """Of the modification times (S3: ETags) of its input files; if it changed, `input_sha256` decides."""
+    """Of the modification times (S3: ETags) of its input files; if it changed, `input_sha256` decides. An appended unit
+    has the marks of all in `retried.inputs`, in that order, with spaces; empty in records of before."""
     input_sha256: str
     """Of all that was read."""
     fingerprint_digest: str

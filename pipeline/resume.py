@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import (
     LedgerRecord,
+    Retried,
     files_problem,
     index_name,
     rejects_name,
@@ -24,19 +25,35 @@ from pipeline.ledger import (
     stem_of,
     write_record,
 )
-from pipeline.retry import RetryDetails, RetrySource, first_usable, retried_picks
-from pipeline.sources.plan import Plan, WorkUnit
+from pipeline.rejects import read_rejects
+from pipeline.retry import RetryDetails, RetrySource, first_usable, names_in_plan, retried_picks
+from pipeline.shards import read_shard
+from pipeline.sources.plan import KeyFormat, Plan, WorkUnit
 from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
 from pipeline.tally import Tally
 from tokenization.fingerprint import Fingerprint
 
 MAX_NAMED_FIELDS = 8
+MAX_NAMED_SAMPLES = 3
 PLAN_NAME = "plan.json"
 PLACE_FIELDS = frozenset({"urls", "urls_file", "root", "class_names"})
 """Fields of sources that say where a corpus lies, which may change; all other fields are part of the identity."""
 
 logger = logging.getLogger(__name__)
+
+
+def with_begun_keys(storage: Storage, plan: Plan) -> Plan:
+    """Return a plan with the key widths that the set was begun with: an input that has grown since asks for no others.
+
+    A set that was not begun, or whose `plan.json` is damaged, leaves the plan as it is.
+    """
+    try:
+        begun_with = json.loads(storage.read_bytes(PLAN_NAME))
+        keys = KeyFormat(unit_digits=int(begun_with["unit_digits"]), position_digits=int(begun_with["position_digits"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return plan
+    return replace(plan, keys=keys)
 
 
 def check_identity(
@@ -52,7 +69,7 @@ def check_identity(
     Args:
         storage: of the set.
         config: the job.
-        plan: of the source alone.
+        plan: of the source alone, its keys as wide as those of the set.
         fingerprint: of the tokenizer.
         free: fields of the identity that may differ.
 
@@ -79,6 +96,13 @@ def check_identity(
             f"{', '.join(differing[:MAX_NAMED_FIELDS])}{more}; use another run_dir or undo the change"
         )
     return {**begun_with}
+
+
+class _RetriedInput(NamedTuple):
+    """The input of a unit as an appended unit read it; mark None where the record does not say."""
+
+    fingerprint: str
+    mark: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +137,15 @@ def find_finished(
         ledger: of the set, not read yet.
 
     Raises:
-        ArtifactError: a record speaks of another input file or tokenizer than the plan does; or a unit must be done
-            again that would now write samples which `retry-rejects` has written.
+        ArtifactError: a record speaks of another input file or tokenizer than the plan does; a unit must be done again
+            that would now write samples which `retry-rejects` has written; or a unit whose rejects are about to be
+            retried would now hold other samples. Nothing is removed then.
     """
     files = storage.list("shards/")
     files.update(storage.list("rejects/"))
     tally, doubtful, redone = Tally(), list[LedgerRecord](), dict[str, str]()
     num_renewed = 0
-    inputs_when_retried: dict[str, set[str]] = {}
+    retried_from: dict[str, set[_RetriedInput]] = {}
     for stem, record in ledger.records():
         if isinstance(record, ArtifactError):
             redone[_stem_in_plan(storage, stem, plan=plan)] = f"ledger/{stem}.json is damaged"
@@ -128,8 +153,9 @@ def find_finished(
             continue
         unit = _unit_of(storage, record, plan=plan, stem=stem, fingerprint_digest=fingerprint_digest)
         if record.retried is not None:
-            for input_stem, fingerprint in record.retried.inputs.items():
-                inputs_when_retried.setdefault(input_stem, set()).add(fingerprint)
+            for input_stem, seen in _retried_inputs(record, record.retried):
+                retried_from.setdefault(input_stem, set()).add(seen)
+            unit = replace(unit, mark=record.input_mark)  # its input is that of other units, which are looked at
         reason = _file_reason(storage, record, stem=stem, files=files)
         if reason is not None:
             redone[stem] = reason
@@ -139,21 +165,22 @@ def find_finished(
         else:
             doubtful.append(record)
     to_retry = _inputs_to_retry(plan, tally=tally)
-    for record in doubtful:
+    for record in sorted(doubtful, key=lambda record: record.unit_index):
         unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
-        if record.unit_index in to_retry or unit.fingerprint in inputs_when_retried.get(stem, ()):
+        when_retried = retried_from.get(stem, set())
+        if record.unit_index in to_retry or _is_as_retried(unit, when_retried):
             # Its input was mended for `retry-rejects`, which reads what became of its rejects.
+            if record.unit_index in to_retry and unit.fingerprint != record.unit_fingerprint:
+                _check_names(storage, record, stem=stem, unit=unit)
             _keep(record, stem=stem, tally=tally, files=files)
             continue
         reason = _input_reason(unit, record, source=source)
         if reason is None:
             num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
             _keep(record, stem=stem, tally=tally, files=files)
-        elif stem in inputs_when_retried:
-            raise ArtifactError(
-                f"tokenize {storage}: {reason} in unit {record.unit_index} ({unit.name}) after its rejects were "
-                "retried; use another run_dir or undo the change"
-            )
+        elif when_retried:
+            _check_sizes(storage, unit, reason=reason, when_retried=when_retried)
+            _keep(record, stem=stem, tally=tally, files=files)
         else:
             redone[stem] = reason
     _check_rejected_again(storage, plan=plan, tally=tally, source=source, config=config, reasons=redone)
@@ -203,6 +230,60 @@ def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
     """Return the units whose rejects are about to be tried again."""
     appended = [unit for unit in plan.units if isinstance(unit.details, RetryDetails) and unit.unit_index not in tally]
     return {of_input.unit_index for unit in appended for of_input, _ in unit.details.picks}
+
+
+def _retried_inputs(record: LedgerRecord, retried: Retried) -> Iterator[tuple[str, _RetriedInput]]:
+    """Yield each input of an appended unit as it read it, by the digits of the input's own unit."""
+    marks = dict(zip(retried.inputs, record.input_mark.split(), strict=False))  # records of before have none
+    for stem, fingerprint in retried.inputs.items():
+        yield stem, _RetriedInput(fingerprint, marks.get(stem))
+
+
+def _is_as_retried(unit: WorkUnit, when_retried: Collection[_RetriedInput]) -> bool:
+    """Return whether the input of a unit is what an appended unit has read, as far as a listing tells."""
+    return any(seen.fingerprint == unit.fingerprint and seen.mark in (unit.mark, None) for seen in when_retried)
+
+
+def _check_sizes(storage: Storage, unit: WorkUnit, *, reason: str, when_retried: Collection[_RetriedInput]) -> None:
+    """Raise ArtifactError if the input of a unit has other names or sizes than when its rejects were retried.
+
+    Of an input that was mended no record holds the contents, so more than a warning cannot be had of them.
+    """
+    if unit.fingerprint in {seen.fingerprint for seen in when_retried}:
+        logger.warning(
+            "unit %d (%s) is kept: its input was written again after its rejects were retried, and only names and "
+            "sizes are known to be the same; if contents changed, use another run_dir",
+            unit.unit_index,
+            unit.name,
+        )
+        return
+    raise ArtifactError(
+        f"tokenize {storage}: {reason} in unit {unit.unit_index} ({unit.name}) after its rejects were retried; run "
+        "tensorar retry-rejects if more of them were mended, or undo the change, or use another run_dir"
+    )
+
+
+def _check_names(storage: Storage, record: LedgerRecord, *, stem: str, unit: WorkUnit) -> None:
+    """Raise ArtifactError if a unit that is kept would now read a sample that it has not read, and no unit would."""
+    names = names_in_plan(unit)
+    if names is None:
+        return
+    known = set[str]()
+    if record.shard is not None:
+        known.update(sample.metadata["source"] for sample in read_shard(storage, shard_name(stem)))
+    if record.counts.num_read > record.counts.num_written:
+        known.update(reject.source for reject in read_rejects(storage, rejects_name(stem)))
+    if names != known:
+        raise ArtifactError(
+            f"retry rejects of {storage}: unit {unit.unit_index} ({unit.name}) must hold the samples that it was made "
+            f"from, got {_named(names - known)} in place of {_named(known - names)}; put mended files back under their "
+            "old names, rows into their old row groups, or use another run_dir"
+        )
+
+
+def _named(names: Collection[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED_SAMPLES} more" if len(names) > MAX_NAMED_SAMPLES else ""
+    return (", ".join(sorted(names)[:MAX_NAMED_SAMPLES]) or "none") + more
 
 
 def _check_rejected_again(

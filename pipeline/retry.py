@@ -8,6 +8,7 @@ Dropped samples (stage `rule`) are no rejects. Reading costs a pass over every i
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from pipeline.config import TokenizeConfig
 from pipeline.ledger import stem_of
 from pipeline.prepare import prepare_sample
 from pipeline.rejects import RULE_STAGE, Reject, read_rejects
+from pipeline.sources.fields import printable
+from pipeline.sources.image_folder import FolderFiles
+from pipeline.sources.parquet import RowGroups
 from pipeline.sources.plan import KeyFormat, Plan, Source, WorkUnit
 from pipeline.sources.sample import InputSample, Problem
 from pipeline.storage import ArtifactError, Storage
@@ -93,34 +97,41 @@ class RetrySource:
             return
         position = 0
         for input_unit, picks in unit.details.picks:
-            for sample in self._pick(input_unit, picks):
+            for sample in find_picks(self._source.read(input_unit), picks, unit_name=input_unit.name):
                 yield replace(sample, position=position)
                 position += 1
 
-    def _pick(self, unit: WorkUnit, picks: Sequence[Pick]) -> Iterator[InputSample]:
-        """Yield a sample for each pick, in order: the one of its name, at its old position if there are several."""
-        next_pick = 0
-        in_place, moved = dict[Pick, InputSample](), dict[str, InputSample]()
-        names = {pick.source for pick in picks}
-        for sample in self._source.read(unit):
-            if sample.position == picks[next_pick].position and picks[next_pick].source in (sample.source, None):
-                yield sample
-                next_pick += 1
-                if next_pick == len(picks):
-                    return
-            elif sample.source in names:  # behind one that has moved: kept until all of the unit is read
-                in_place[Pick(sample.position, sample.source)] = sample
-                moved.setdefault(sample.source, sample)
-        for position, source in picks[next_pick:]:
-            found = None
-            if source is not None:
-                found = in_place.get(Pick(position, source), moved.get(source))
-            if found is None:
-                name = f"{unit.name}#{position}" if source is None else source
-                detail = f"{unit.name} has no sample {position if source is None else source} any more"
-                problem = Problem(stage="read", reason="gone", detail=detail)
-                found = InputSample(position=position, source=name, extra={}, problem=problem)
-            yield found
+
+def find_picks(samples: Iterable[InputSample], picks: Sequence[Pick], *, unit_name: str) -> Iterator[InputSample]:
+    """Yield a sample for each pick, in order: the one of its name, at its old position if there are several.
+
+    Args:
+        samples: of the unit; read no further than needed.
+        picks: at least one, positions ascending.
+        unit_name: for the problem of a sample that is not there any more.
+    """
+    next_pick = 0
+    in_place, moved = dict[Pick, InputSample](), dict[str, InputSample]()
+    names = {pick.source for pick in picks}
+    for sample in samples:
+        if sample.position == picks[next_pick].position and picks[next_pick].source in (sample.source, None):
+            yield sample
+            next_pick += 1
+            if next_pick == len(picks):
+                return
+        elif sample.source in names:  # behind one that has moved: kept until all of the unit is read
+            in_place[Pick(sample.position, sample.source)] = sample
+            moved.setdefault(sample.source, sample)
+    for position, source in picks[next_pick:]:
+        found = None
+        if source is not None:
+            found = in_place.get(Pick(position, source), moved.get(source))
+        if found is None:
+            name = f"{unit_name}#{position}" if source is None else source
+            detail = f"{unit_name} has no sample {position if source is None else source} any more"
+            problem = Problem(stage="read", reason="gone", detail=detail)
+            found = InputSample(position=position, source=name, extra={}, problem=problem)
+        yield found
 
 
 def with_retries(storage: Storage, plan: Plan) -> Plan:
@@ -137,14 +148,19 @@ def with_retries(storage: Storage, plan: Plan) -> Plan:
                 f"tokenize {storage}: retries/ must go on at unit {unit_index}, got {one.unit_index}; "
                 "put the missing file back or use another run_dir"
             )
+    return append_units(plan, planned)
+
+
+def append_units(plan: Plan, planned: Iterable[PlannedRetry]) -> Plan:
+    """Return a plan with these units after its own; pure."""
     units = [*plan.units]
     for one in planned:
         units.append(_appended_unit(one, plan=replace(plan, units=tuple(units))))
     return replace(plan, units=tuple(units))
 
 
-def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
-    """Append units for all rejects that were not retried yet and return how many rejects those are.
+def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> list[PlannedRetry]:
+    """Return the units to append for all rejects that were not retried yet; nothing is written.
 
     Args:
         storage: of the set.
@@ -162,12 +178,30 @@ def plan_retries(storage: Storage, plan: Plan, *, max_image_pixels: int) -> int:
         for reject in _rejects_in_order(storage, num_units=len(plan.units))
         if reject.stage != RULE_STAGE and reject.key not in retried
     )
-    num_rejects = 0
-    for number, rejects in enumerate(_grouped(to_retry, plan=plan)):
-        unit_index = len(plan.units) + number
-        _write_planned(storage, rejects, unit_index=unit_index, keys=plan.keys, max_image_pixels=max_image_pixels)
-        num_rejects += len(rejects)
-    return num_rejects
+    return [
+        _planned(rejects, unit_index=unit_index, max_image_pixels=max_image_pixels)
+        for unit_index, rejects in enumerate(_grouped(to_retry, plan=plan), start=len(plan.units))
+    ]
+
+
+def write_planned(storage: Storage, planned: Iterable[PlannedRetry], *, keys: KeyFormat) -> None:
+    """Commit the plan of appended units; from now on any run does them."""
+    for one in planned:
+        storage.write_json(f"{_FOLDER}{keys.stem(one.unit_index)}.json", one.model_dump(mode="json"))
+
+
+def names_in_plan(unit: WorkUnit) -> frozenset[str] | None:
+    """Return the names of the samples that a unit would read, by its plan alone; None where only reading tells them.
+
+    Only units of a folder, and of one table, can come to hold each other's samples; all others are whole files.
+    """
+    if isinstance(unit.details, FolderFiles):
+        names = zlib.decompress(unit.details.packed_names).decode("utf-8", "surrogateescape").split("\0")
+        return frozenset(map(printable, names))
+    if isinstance(unit.details, RowGroups):
+        table, start = unit.details.name.rpartition("/")[2], unit.details.first_row
+        return frozenset(f"{printable(table)}#{row}" for row in range(start, start + unit.details.num_rows))
+    return None
 
 
 def _grouped(rejects: Iterable[Reject], *, plan: Plan) -> Iterator[list[Reject]]:
@@ -234,18 +268,15 @@ def max_image_pixels_of(unit: WorkUnit, *, config: TokenizeConfig) -> int:
     return unit.details.planned.max_image_pixels if isinstance(unit.details, RetryDetails) else config.max_image_pixels
 
 
-def _write_planned(
-    storage: Storage, rejects: list[Reject], *, unit_index: int, keys: KeyFormat, max_image_pixels: int
-) -> None:
+def _planned(rejects: list[Reject], *, unit_index: int, max_image_pixels: int) -> PlannedRetry:
     reasons = Counter(f"{reject.stage}/{reject.reason}" for reject in rejects)
-    planned = PlannedRetry(
+    return PlannedRetry(
         unit_index=unit_index,
         keys=[reject.key for reject in rejects],
         sources=[reject.source for reject in rejects],
         rejected_by_reason=dict(sorted(reasons.items())),
         max_image_pixels=max_image_pixels,
     )
-    storage.write_json(f"{_FOLDER}{keys.stem(unit_index)}.json", planned.model_dump(mode="json"))
 
 
 def _read_planned(storage: Storage, name: str) -> PlannedRetry:
@@ -265,7 +296,7 @@ def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:
         unit_index=planned.unit_index,
         name=f"{len(planned.keys)} rejects",
         fingerprint=hashlib.sha256(" ".join(planned.keys).encode()).hexdigest()[:16],
-        mark="",
+        mark=" ".join(of_input.mark for of_input, _ in picks),
         details=RetryDetails(planned=planned, picks=picks),
     )
 

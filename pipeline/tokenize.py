@@ -27,8 +27,16 @@ from pipeline.ledger import (
 from pipeline.pool import Poison, PoolState, WorkerPool
 from pipeline.progress import LiveProgress
 from pipeline.rejects import Counts
-from pipeline.resume import Found, check_identity, find_finished
-from pipeline.retry import RetrySource, plan_retries, with_retries
+from pipeline.resume import Found, check_identity, find_finished, with_begun_keys
+from pipeline.retry import (
+    PlannedRetry,
+    RetryDetails,
+    RetrySource,
+    append_units,
+    plan_retries,
+    with_retries,
+    write_planned,
+)
 from pipeline.sidecars import remove_sidecars, write_sidecars
 from pipeline.sources.plan import Plan
 from pipeline.sources.registry import make_source
@@ -62,14 +70,16 @@ def run_tokenize(config: TokenizeConfig, *, progress: bool = True) -> Manifest:
 
 
 def retry_rejects(config: TokenizeConfig, *, progress: bool = True) -> Manifest:
-    """Try the rejects of a finished set again, in appended units, and return the new manifest.
+    """Try the rejects of a set whose units are all done again, in appended units, and return the new manifest.
+
+    A retry that was killed goes on, with the samples and the limit that it was begun with.
 
     Args:
         config: the job that made the set; only `max_image_pixels` may have been raised since.
         progress: whether a terminal gets a live bar.
 
     Raises:
-        ArtifactError: as `run_tokenize`; or the set is not finished.
+        ArtifactError: as `run_tokenize`; or a unit of the source is not done.
     """
     return _Job(config, progress=progress).run(retry_rejects=True)
 
@@ -89,6 +99,7 @@ class _Job:
         tokenizer = Tokenizer.load(config.tokenizer)
         with storage.exclusive():
             num_leftovers = storage.remove_staged()
+            source_plan = with_begun_keys(storage, source_plan)
             begun_with = check_identity(
                 storage,
                 config=config,
@@ -96,12 +107,10 @@ class _Job:
                 fingerprint=tokenizer.fingerprint,
                 free=("max_image_pixels",) if retry_rejects else (),
             )
-            plan = with_retries(storage, source_plan)
+            plan, planned = with_retries(storage, source_plan), list[PlannedRetry]()
             if retry_rejects:
-                self._require_finished()
-                num_retried = plan_retries(storage, plan, max_image_pixels=config.max_image_pixels)
-                logger.info("tokenize %s: rejects_to_retry=%d", storage, num_retried)
-                plan = with_retries(storage, source_plan)
+                planned = self._plan_retries(plan)
+                plan = append_units(plan, planned)
                 # The limit of the retry is in its units; any other unit that is done again keeps its own.
                 of_set = {"max_image_pixels": begun_with["max_image_pixels"]}
                 config = self._config = config.model_copy(update=of_set)
@@ -114,6 +123,7 @@ class _Job:
                 fingerprint_digest=tokenizer.fingerprint.digest,
                 ledger=ledger,
             )
+            write_planned(storage, planned, keys=plan.keys)
             logger.info(
                 "tokenize %s: units=%d finished=%d leftovers_removed=%d",
                 storage,
@@ -124,15 +134,42 @@ class _Job:
             poison = self._work(plan, tokenizer=tokenizer, ledger=ledger, found=found)
             return self._finish(plan, tokenizer=tokenizer, tally=found.tally, poison=poison)
 
-    def _require_finished(self) -> None:
-        if self._storage.find(MANIFEST_NAME) is None:
-            raise ArtifactError(
-                f"retry rejects of {self._storage}: the set must be finished, got no manifest; run its job first"
-            )
+    def _plan_retries(self, plan: Plan) -> list[PlannedRetry]:
+        """Return the units to append; none where a retry before was killed, which goes on instead."""
+        storage = self._storage
+        if storage.find(MANIFEST_NAME) is None:
+            recorded = {stem_of(name) for name in storage.list("ledger/") if name.endswith(".json")}
+            waiting = [unit for unit in plan.units if plan.keys.stem(unit.unit_index) not in recorded]
+            num_appended = sum(isinstance(unit.details, RetryDetails) for unit in waiting)
+            if num_appended:
+                logger.info("tokenize %s: appended_units_to_do=%d, of a retry before", storage, num_appended)
+                return []
+            if waiting:
+                raise ArtifactError(
+                    f"retry rejects of {storage}: every unit must have a ledger record, got none of {len(waiting)} of "
+                    f"{len(plan.units)} units; run its job first"
+                )
+            # Not so where the retry itself has ended the job: then the rejects that it left are tried again.
+            is_done = _totals_problem(storage, self._totals(), limit=self._config.max_rejected_fraction) is None
+            if is_done and any(isinstance(unit.details, RetryDetails) for unit in plan.units):
+                logger.info("tokenize %s: a retry before has done its units, and lacks the manifest", storage)
+                return []
+        planned = plan_retries(storage, plan, max_image_pixels=self._config.max_image_pixels)
+        logger.info("tokenize %s: rejects_to_retry=%d", storage, sum(len(one.keys) for one in planned))
+        return planned
+
+    def _totals(self) -> Counts:
+        """Return where all samples went, by the records alone."""
+        tally = Tally()
+        for _, record in Ledger(self._storage).records():
+            if isinstance(record, LedgerRecord) and record.unit_index not in tally:
+                tally.add(record)
+        return tally.totals()
 
     def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[Poison]:
         """Commit every unit that the tally lacks, add it, and return those that were set aside instead."""
         storage, config, tally = self._storage, self._config, found.tally
+        known_poison = self._known_poison(tally)
         waiting = [unit for unit in plan.units if unit.unit_index not in tally]
         if not waiting:
             return []
@@ -140,7 +177,7 @@ class _Job:
         remove_sidecars(storage)
         for name in found.uncommitted:
             storage.remove(name)
-        known_poison = {stem_of(name) for name in storage.list("poison/")}
+        is_retry = any(isinstance(unit.details, RetryDetails) for unit in waiting)
         poison: list[Poison] = []
         pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)
         live = LiveProgress(num_units=len(plan.units), num_units_done=tally.num_units, show=self._show_progress)
@@ -154,7 +191,8 @@ class _Job:
                     ledger.note(stem, event.record, mark=event.record_mark)
                     tally.add(event.record)
                     live.add_unit(event.record.counts)
-                    self._judge_rejects(tally.totals())
+                    if not is_retry:  # else all that is about to be written would still count as rejected
+                        self._judge_rejects(tally.totals())
                 elif isinstance(event, Poison):
                     self._set_aside(event, plan=plan)
                     poison.append(event)
@@ -165,6 +203,14 @@ class _Job:
             ledger.gather()
         storage.remove_staged()  # of workers that were killed
         return poison
+
+    def _known_poison(self, tally: Tally) -> set[str]:
+        """Return the digits of the units that were set aside, but for those done since by a job that was killed."""
+        stems = {stem_of(name) for name in self._storage.list("poison/")}
+        done = {stem for stem in stems if stem.isdigit() and int(stem) in tally}
+        for stem in done:
+            self._storage.remove(poison_name(stem))
+        return stems - done
 
     def _check_is_here(self, stem: str, record: LedgerRecord) -> None:
         """Raise ArtifactError where a worker has written into another directory than this process sees."""
@@ -196,7 +242,9 @@ class _Job:
         manifest = make_manifest(config, plan=plan, tokenizer=tokenizer, tally=tally, poison=set_aside)
         if len(poison) > config.max_poison_units:
             raise ArtifactError(self._too_much_poison(plan, poison))
-        _check_totals(storage, manifest.totals, limit=config.max_rejected_fraction)
+        problem = _totals_problem(storage, manifest.totals, limit=config.max_rejected_fraction)
+        if problem is not None:
+            raise ArtifactError(problem)
         write_sidecars(storage, manifest)
         write_manifest(storage, manifest)
         totals = manifest.totals
@@ -243,14 +291,17 @@ def make_manifest(
     )
 
 
-def _check_totals(storage: Storage, totals: Counts, *, limit: float) -> None:
+def _totals_problem(storage: Storage, totals: Counts, *, limit: float) -> str | None:
+    """Return why samples that went there make no finished set, or None."""
     if totals.num_rejected > limit * totals.num_read:
-        raise ArtifactError(_too_many_rejects(storage, totals, limit=limit))
+        return _too_many_rejects(storage, totals, limit=limit)
     if totals.num_written == 0:
-        raise ArtifactError(
+        return (
             f"tokenize {storage}: a set must hold samples, got none of {totals.num_read} (rejected: "
-            f"{_reasons(totals)}; dropped: {totals.num_dropped}); check source and rules"
+            f"{_reasons(totals)}; dropped: {totals.num_dropped}); check source and rules, or mend the rejects and run "
+            "tensorar retry-rejects"
         )
+    return None
 
 
 def _too_many_rejects(storage: Storage, totals: Counts, *, limit: float) -> str:

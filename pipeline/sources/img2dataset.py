@@ -19,10 +19,10 @@ from pipeline.sources.img2dataset_sidecar import SUCCESS, Sidecar, read_sidecar
 from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_plan, mark_of
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import Members, read_groups, split_members
-from pipeline.storage import ArtifactError, FileInfo, open_storage
+from pipeline.storage import ArtifactError, FileInfo, next_action, open_storage
 
 TAR, SIDECAR, STATS = ".tar", ".parquet", "_stats.json"
-MIN_BYTES_PER_SAMPLE = 1024
+MIN_BYTES_PER_SAMPLE = 512
 MAX_NAMED_SHARDS = 8
 _FILE_NAME = re.compile(r"(\d+)([.]tar|[.]parquet|_stats[.]json)")
 
@@ -90,11 +90,11 @@ class Img2DatasetSource(Source):
             if match := _FILE_NAME.fullmatch(name):
                 found.setdefault(match[1], {})[match[2]] = info
         finished = {stem: files for stem, files in sorted(found.items()) if STATS in files}
-        unfinished = [stem for stem, files in sorted(found.items()) if TAR in files and STATS not in files]
+        unfinished = [stem for stem, files in sorted(found.items()) if STATS not in files]
         if unfinished and not self._config.allow_unfinished:
             raise ArtifactError(
-                f"plan source: every tar of {self._storage} must have its _stats.json, got {len(unfinished)} without: "
-                f"{_named(unfinished)}; let img2dataset finish, or set allow_unfinished: true to leave them out"
+                f"plan source: every shard of {self._storage} must have its _stats.json, got {len(unfinished)} "
+                f"without: {_named(unfinished)}; let img2dataset finish, or leave them out with allow_unfinished: true"
             )
         incomplete = [stem for stem, files in finished.items() if len(files) < 3]
         if incomplete:
@@ -116,9 +116,8 @@ class Img2DatasetSource(Source):
             stats = json.loads(self._storage.read_bytes(stem + STATS))
             expected = (stats["count"], stats["successes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"read {where}: must be img2dataset's JSON, got {error!r}; write the shard again"
-            ) from error
+            action = next_action(error, otherwise="let img2dataset write the shard again")
+            raise ArtifactError(f"read {where}: must be img2dataset's JSON, got {error!r}; {action}") from error
         got = (len(sidecar.row_of), sum(status == SUCCESS for status in sidecar.statuses))
         if got != expected:
             raise ArtifactError(

@@ -15,7 +15,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from pipeline.sources.sample import InputSample
-from pipeline.storage import FileInfo
+from pipeline.storage import ArtifactError, FileInfo
 
 MIN_UNIT_DIGITS = 5
 
@@ -56,12 +56,12 @@ class KeyFormat:
         """Return the key of a sample: zero-padded unit index, then zero-padded position in the unit.
 
         Raises:
-            ValueError: the position is wider than the plan allowed for, because the input grew since.
+            ArtifactError: the position is wider than the set's keys, because the input grew since it was begun.
         """
         if position >= 10**self.position_digits:
-            raise ValueError(
-                f"key of unit {unit_index}: position must have {self.position_digits} digits as planned, got "
-                f"{position}; rerun the job"
+            raise ArtifactError(
+                f"key of unit {unit_index}: position must have {self.position_digits} digits, as plan.json of the set "
+                f"says, got {position}; put the input back as it was, or use another run_dir"
             )
         return f"{self.stem(unit_index)}{position:0{self.position_digits}d}"
 

@@ -1,7 +1,7 @@
 """WebDataset tars: one tar is one work unit, so a plan costs a listing and no tar is opened.
 
 The invariant: the order is that of `urls`. Keys are as wide as the largest tar could need, a tar spending at least a
-header block and a data block on a sample.
+header block on a sample.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import make_sample, read_groups
 from pipeline.sources.urls import list_files, read_class_names
 
-MIN_BYTES_PER_SAMPLE = 1024
+MIN_BYTES_PER_SAMPLE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class WebDatasetSource(Source):
         units = [
             WorkUnit(
                 unit_index=unit_index,
-                name=file.base_name,
+                name=printable(file.base_name),
                 fingerprint=fingerprint_of([(file.base_name, file.info.num_bytes)]),
                 mark=mark_of([file.info]),
                 details=TarFile(file.url, num_classes),

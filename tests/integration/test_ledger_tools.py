@@ -1,5 +1,6 @@
 """What stands around a finished set: rejects tried again alone, codes encoded again, the state of a job told."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 from toy_corpus import files_of, png, tokenize_config, write_folder, write_tiny_tokenizer
 
 from jobs.cli import main
+from pipeline import retry, tokenize
 from pipeline.cluster import ray_session
 from pipeline.config import ClusterConfig, TokenizeConfig
 from pipeline.ledger import read_manifest, read_record
@@ -90,6 +92,34 @@ def test_mended_samples_are_written_by_a_retry_and_the_ledger_balances(root: Pat
     assert appended == [("000030", "apple/2.png"), ("000031", "bear/1.png")]
     assert read_record(storage, "00003").retried.keys == ["000002", "000010", "000014", "000015"]  # type: ignore[union-attr]
     assert [reject.source for reject in read_rejects(storage, "rejects/00003.parquet")] == ["bear/5.png", "car/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("mended", "expected"),
+    [
+        ("apple/new_2.png", "unit 0 (files 0..6) must hold the samples that it was made from, got apple/new_2.png in"),
+        (
+            "car/9.png",
+            "must hold the samples that it was made from, got bear/1.png in place of apple/2.png; put mended",
+        ),
+        ("apple/00.png", "got apple/00.png in place of apple/2.png; put mended files back under their old names"),
+    ],
+)
+def test_a_retry_of_files_that_were_mended_under_other_names_is_refused_and_changes_nothing(
+    root: Path, mended: str, expected: str
+) -> None:
+    """A unit of a folder is a run of its files: kept after another has come in, it would hide that one from the set."""
+    (root / "tree" / "apple" / "2.png").unlink()
+    (root / "tree" / mended).write_bytes(png(2))
+    before, ledger = files_of(root / "set"), sorted((root / "set" / "ledger").iterdir())
+    refused = CliRunner().invoke(main, ["retry-rejects", str(root / "spec.yaml")])
+    assert refused.exit_code == 1
+    assert expected in refused.output
+    assert files_of(root / "set") == before
+    assert sorted((root / "set" / "ledger").iterdir()) == ledger
+    (root / "tree" / mended).rename(root / "tree" / "apple" / "2.png")
+    run(root, "retry-rejects")
+    assert totals_of(root) == (18, 15, 3)
 
 
 def test_a_shard_lost_after_its_rejects_were_mended_and_retried_is_not_made_anew(root: Path) -> None:
@@ -199,11 +229,98 @@ def test_a_retry_that_was_planned_and_killed_is_done_by_the_next_run(root: Path)
     assert files_of(root / "set") == whole
 
 
-def test_a_retry_of_an_unfinished_set_is_refused(root: Path) -> None:
-    (root / "set" / "manifest.json").unlink()
+@pytest.mark.parametrize(
+    "not_written",
+    [("ledger/00003.json", "shards/00003.tar", "rejects/00003.parquet", "manifest.json"), ("manifest.json",)],
+)
+def test_a_retry_that_was_killed_is_resumed_by_its_own_command(root: Path, not_written: tuple[str, ...]) -> None:
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    whole = files_of(root / "set")
+    for name in not_written:
+        (root / "set" / name).unlink()
+    run(root, "retry-rejects")
+    assert files_of(root / "set") == whole
+    assert totals_of(root) == (18, 15, 3)
+
+
+def test_a_corpus_of_which_nothing_was_readable_at_first_is_mended_by_retries(root: Path) -> None:
+    tree = sorted((root / "tree").rglob("*.png"))
+    pictures = [png(number) for number in range(len(tree))]
+    for path in tree:
+        path.write_bytes(b"no image")
+    shutil.rmtree(root / "set")
+    for command in ("run", "retry-rejects"):  # the first retry does not help either
+        ended = CliRunner().invoke(main, [command, str(root / "spec.yaml"), "--set", "max_rejected_fraction=1"])
+        assert ended.exit_code == 1
+        assert "a set must hold samples, got none of 18 (rejected: decode/unknown_format 18" in ended.output
+    for path, picture in zip(tree, pictures, strict=True):
+        path.write_bytes(picture)
+    run(root, "retry-rejects")
+    assert totals_of(root) == (18, 18, 0)
+    assert verify_shard_set(open_storage(str(root / "set"))) == []
+
+
+def test_a_file_written_again_after_a_mended_retry_is_told(root: Path) -> None:
+    """No record holds the contents of an input that was mended; names and sizes alone would let the change pass."""
+    told = "unit 0 (files 0..6) is kept: its input was written again after its rejects were retried"
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    assert told not in run(root, "run").output
+    whole = files_of(root / "set")
+    good = root / "tree" / "apple" / "1.png"
+    good.write_bytes(good.read_bytes()[::-1])
+    assert told in run(root, "run").output
+    assert told in run(root, "run").output
+    assert files_of(root / "set") == whole
+    record = root / "set" / "ledger" / "00003.json"
+    marks = json.loads(record.read_text())["input_mark"]
+    assert [len(mark) for mark in marks.split(" ")] == [16, 16]
+    record.write_text(record.read_text().replace(marks, ""))  # as a version before wrote it
+    assert told not in run(root, "run").output
+
+
+def test_an_input_that_was_not_mended_for_its_retry_is_compared_when_its_times_change(root: Path) -> None:
+    run(root, "retry-rejects", "--set", "max_image_pixels=100000")
+    os.utime(root / "tree" / "apple" / "0.png", (1, 1))
+    output = run(root, "run").output
+    assert "units_moved_or_touched=1, their contents are the same" in output
+    assert "is kept" not in output
+
+
+def test_a_second_mend_is_told_to_be_retried(root: Path) -> None:
+    (root / "tree" / "apple" / "2.png").write_bytes(png(2))
+    run(root, "retry-rejects")
+    (root / "tree" / "bear" / "1.png").write_bytes(png(101))
+    refused = CliRunner().invoke(main, ["run", str(root / "spec.yaml")])
+    assert refused.exit_code == 1
+    assert "in unit 1 (files 7..13) after its rejects were retried; run tensorar retry-rejects if" in refused.output
+    run(root, "retry-rejects")
+    assert totals_of(root) == (18, 16, 2)
+    assert "is kept" not in run(root, "run").output
+
+
+def test_a_retry_of_a_set_with_a_unit_to_do_is_refused(root: Path) -> None:
+    for name in ("ledger/00001.json", "manifest.json"):
+        (root / "set" / name).unlink()
     result = CliRunner().invoke(main, ["retry-rejects", str(root / "spec.yaml")])
     assert result.exit_code == 1
-    assert "the set must be finished, got no manifest; run its job first" in result.output
+    assert "every unit must have a ledger record, got none of 1 of 3 units; run its job first" in result.output
+
+
+def test_a_set_that_rejects_have_ended_is_mended_by_a_retry(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is over the limit judges each unit; a retry could never begin if its first unit were judged."""
+    ended = CliRunner().invoke(main, ["run", str(root / "spec.yaml"), "--set", "max_rejected_fraction=0.1"])
+    assert ended.exit_code == 1
+    assert "at most 10.0% of the samples may be rejected, got 4 of 18" in ended.output
+    (root / "set" / "manifest.json").unlink()
+    for number, name in enumerate(("apple/2.png", "bear/1.png", "bear/5.png", "car/0.png")):
+        (root / "tree" / name).write_bytes(png(number))
+    monkeypatch.setattr(tokenize, "MIN_SAMPLES_TO_JUDGE", 1)
+    monkeypatch.setattr(retry, "MAX_SAMPLES_PER_UNIT", 1)
+    run(root, "retry-rejects", "--set", "max_rejected_fraction=0.1")
+    assert totals_of(root) == (18, 18, 0)
+    assert read_manifest(open_storage(str(root / "set"))).shards[-1].name == "00006.tar"
 
 
 def test_codes_are_the_same_when_encoded_again(root: Path) -> None:

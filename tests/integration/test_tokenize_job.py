@@ -146,7 +146,8 @@ def test_too_many_rejects_fail_the_job_and_a_raised_limit_accepts_its_work(corpu
 def test_a_torn_tar_fails_the_job_after_the_others_are_done(corpus: Path, tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", num_tars=3, samples_per_tar=4)
     torn = tmp_path / "tars" / "00000.tar"
-    whole = torn.read_bytes()
+    write_tar(torn, [member for number in range(30) for member in sample_members(number)])
+    whole = torn.read_bytes()  # 140 KiB, so that keys would be wider if it were whole from the start
     torn.write_bytes(whole[: 6 * 512])
     source = {"kind": "webdataset", "urls": [f"{tmp_path}/tars/*.tar"]}
     config = tokenize_config(tmp_path / "set", source=source, weights=corpus / "tiny.safetensors", cluster=ONE_WORKER)
@@ -154,5 +155,10 @@ def test_a_torn_tar_fails_the_job_after_the_others_are_done(corpus: Path, tmp_pa
         run_tokenize(config, progress=False)
     assert sorted(path.name for path in tmp_path.glob("set/ledger/*.json")) == ["00001.json", "00002.json"]
     assert not (tmp_path / "set" / "manifest.json").exists()
+    poison = tmp_path / "set" / "poison" / "00000.json"
+    left_by_a_killed_driver = poison.read_bytes()
     torn.write_bytes(whole)
-    assert run_tokenize(config, progress=False).num_samples == 12
+    assert run_tokenize(config, progress=False).num_samples == 38
+    poison.write_bytes(left_by_a_killed_driver)
+    assert run_tokenize(config, progress=False).num_samples == 38
+    assert verify_shard_set(open_storage(str(tmp_path / "set"))) == []

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from toy_corpus import png, sample_members, write_tar
+from toy_corpus import png, sample_members, write_folder, write_tar
 
 from pipeline import retry
-from pipeline.config import S3Config, WebDatasetConfig
+from pipeline.config import ImageFolderConfig, ParquetConfig, S3Config, SourceConfig, WebDatasetConfig
 from pipeline.ledger import LedgerRecord, Retried
 from pipeline.rejects import RULE_STAGE, Counts, Reject, write_rejects
-from pipeline.retry import Pick, PlannedRetry, RetryDetails, RetrySource, plan_retries, with_retries
+from pipeline.retry import (
+    Pick,
+    PlannedRetry,
+    RetryDetails,
+    RetrySource,
+    append_units,
+    names_in_plan,
+    plan_retries,
+    with_retries,
+    write_planned,
+)
 from pipeline.sources.plan import KeyFormat, Plan, WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
@@ -85,6 +98,27 @@ def test_appended_units_go_on_where_their_numbers_get_a_digit_more(tmp_path: Pat
     assert [unit.unit_index for unit in plan.units[99:]] == [99, 100, 101]
 
 
+@pytest.mark.parametrize("kind", ["image_folder", "parquet"])
+def test_the_plan_of_a_folder_or_a_table_tells_the_names_that_reading_gives(tmp_path: Path, kind: str) -> None:
+    tree = write_folder(tmp_path / "tree", images_per_class=2)
+    (tree / "bear" / "1.png").rename(tree / "bear" / os.fsdecode(b"caf\xe9 1.png"))
+    pq.write_table(pa.table({"image": [png(0), None, png(2), b"", png(4)]}), tmp_path / "a.parquet", row_group_size=2)
+    config: SourceConfig = ImageFolderConfig(kind="image_folder", root=str(tree), samples_per_unit=4)
+    expected = [{"apple/0.png", "apple/1.png", "bear/0.png", "bear/caf\\xe9 1.png"}, {"car/0.png", "car/1.png"}]
+    if kind == "parquet":
+        config = ParquetConfig(kind="parquet", urls=(str(tmp_path / "a.parquet"),))
+        expected = [{"a.parquet#0", "a.parquet#1"}, {"a.parquet#2", "a.parquet#3"}, {"a.parquet#4"}]
+    source = make_source(config, s3=S3Config())
+    units = source.plan().units
+    assert [names_in_plan(unit) for unit in units] == expected
+    assert [{sample.source for sample in source.read(unit)} for unit in units] == expected
+
+
+def test_the_plan_of_a_tar_tells_no_names(tmp_path: Path) -> None:
+    source = make_source(WebDatasetConfig(kind="webdataset", urls=(str(tar_of(tmp_path, 0)),)), s3=S3Config())
+    assert names_in_plan(source.plan().units[0]) is None
+
+
 def reject_of(key: str, *, stage: str = "decode") -> Reject:
     return Reject(key=key, source=f"s{key}", stage=stage, reason="empty", detail="")
 
@@ -105,7 +139,10 @@ def test_rejects_of_all_units_are_planned_in_the_order_of_the_input(
     write_rejects(storage, "rejects/2.parquet", [reject_of("20"), reject_of("25")])
     write_rejects(storage, "rejects/3.parquet", [reject_of("30", stage=RULE_STAGE)])
     write_rejects(storage, "rejects/9.parquet", [reject_of("97")])
-    assert plan_retries(storage, plan, max_image_pixels=5) == 5
+    planned = plan_retries(storage, plan, max_image_pixels=5)
+    assert storage.list("retries/") == {}
+    write_planned(storage, planned, keys=plan.keys)
+    assert append_units(plan, planned) == with_retries(storage, plan)
     appended = [unit.details.planned for unit in with_retries(storage, plan).units[11:]]
     assert [one.keys for one in appended] == groups
     assert [one.sources for one in appended] == [[f"s{key}" for key in group] for group in groups]
@@ -118,10 +155,10 @@ def test_rejects_of_a_retry_are_planned_again_at_their_places_in_the_input(tmp_p
     storage = open_storage(str(tmp_path))
     write_rejects(storage, "rejects/10.parquet", [reject_of("101"), reject_of("104")])
     write_rejects(storage, "rejects/2.parquet", [reject_of("20"), reject_of("25")])
-    assert plan_retries(storage, plan, max_image_pixels=5) == 4
+    plan = append_units(plan, plan_retries(storage, plan, max_image_pixels=5))
     write_rejects(storage, "rejects/11.parquet", [reject_of("110"), reject_of("112")])  # 20 and 101
-    assert plan_retries(storage, with_retries(storage, plan), max_image_pixels=5) == 2
-    last = with_retries(storage, plan).units[12]
+    (again,) = plan_retries(storage, plan, max_image_pixels=5)
+    last = append_units(plan, [again]).units[12]
     assert last.details.planned.keys == ["110", "112"]
     assert [(unit.unit_index, picks) for unit, picks in last.details.picks] == [
         (2, (Pick(0, "s110"),)),
