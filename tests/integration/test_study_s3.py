@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from synthetic_checkpoints import write_checkpoint
 
-from jobs.grid import Study, load_job
+from jobs.grid import Study, StudyRun, load_job
 from jobs.study import run_study
 from jobs.study_results import claim_of, read_study, write_outcome
 from pipeline.config import S3Config
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import open_storage
 
 SPEC = """\
 kind: train
@@ -23,8 +23,10 @@ grid:
 """
 
 
-def write_run(storage: Storage, *, own_draft_loss_0: float) -> None:
+def write_run(run: StudyRun, *, own_draft_loss_0: float) -> None:
     """What a finished training run leaves behind, as far as the study reads it."""
+    storage = open_storage(run.spec.run_dir)
+    storage.write_json("spec.json", run.spec.model_dump(mode="json"))
     line = {"step": 20, "split": "validation", "loss": 3.0, "loss_of_offset": [2.0, 4.0], "elapsed_s": 5.0}
     storage.write_bytes("metrics.jsonl", json.dumps(line | {"own_draft_loss_0": own_draft_loss_0}).encode() + b"\n")
     write_checkpoint(storage, 20)
@@ -41,7 +43,7 @@ def study(tmp_path: Path, s3_url: str) -> Study:
 
 def test_a_finished_study_on_s3_is_told_there_and_leaves_no_lock(study: Study, s3_url: str) -> None:
     for run, loss in zip(study.runs, (2.5, 3.5, 4.0, 4.0), strict=True):
-        write_run(open_storage(run.spec.run_dir), own_draft_loss_0=loss)
+        write_run(run, own_draft_loss_0=loss)
     result = run_study(study)
     assert [run.state for run in result.runs] == ["done"] * 4
     storage = open_storage(f"{s3_url}/study")
@@ -57,7 +59,7 @@ def test_a_finished_study_on_s3_is_told_there_and_leaves_no_lock(study: Study, s
 
 def test_a_run_at_work_on_s3_is_running_while_its_claim_is_held(study: Study, s3_url: str) -> None:
     for run in study.runs[:3]:
-        write_run(open_storage(run.spec.run_dir), own_draft_loss_0=2.5)
+        write_run(run, own_draft_loss_0=2.5)
     run_study(study, selections=["recipe=paper", "recipe=full,seed=0"])
     claim = claim_of(open_storage(f"{s3_url}/study"), study.runs[3].name, s3=S3Config())
     with claim.exclusive():
