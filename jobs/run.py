@@ -19,7 +19,7 @@ from pipeline.config import TokenizeConfig
 from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
-from training.checkpoint import list_checkpoints, newest_record
+from training.checkpoint import list_checkpoints, newest_record, set_record
 from training.config import SampleConfig, TrainConfig
 from training.evaluation.config import FREE_FIELDS as EVALUATE_FREE_FIELDS
 from training.evaluation.config import EvaluateConfig
@@ -46,7 +46,6 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "cluster",
         "data.cache_dir",
-        "data.shards",
         "data.max_cache_gb",
         "data.on_damage",
         "data.read_ahead_batches",
@@ -60,8 +59,6 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "log_every_n_steps",
         "max_skipped_steps",
         "num_steps",
-        "optimizer.learning_rate",
-        "optimizer.warmup_steps",
         "recipe",
         "s3",
         "validation",
@@ -72,8 +69,8 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
 
-A recipe is a word for fields that are compared themselves. A directory may move. Corpora, shard sets and weights that
-have moved are told from others by their contents. A run whose loss is no longer finite goes on with other rates.
+A recipe is a word for fields that are compared themselves. A directory may move. A corpus or weights that have moved
+are told from others by their fingerprints, and a shard set by its samples (`_has_moved`).
 """
 
 BEGUN_WITH = {
@@ -147,7 +144,7 @@ def remember_spec(spec: Spec) -> None:
     if old is not None:
         if old == new and storage.find(SPEC_NAME) is not None:
             return
-        differing = _binding_differences(old, new, kind=spec.kind)
+        differing = _binding_differences(storage, old, spec)
         if differing and _has_begun(storage, kind=str(old.get("kind"))):
             raise ArtifactError(
                 f"run {spec.run_dir}: a directory must hold one spec's run, but these fields differ: "
@@ -178,14 +175,26 @@ def difference_from(storage: Storage, spec: Spec) -> str | None:
     """
     if storage.find(SPEC_NAME) is None:
         return None
-    old, new = _with_new_fields(_read(storage), spec), spec.model_dump(mode="json")
-    differing = _binding_differences(old, new, kind=spec.kind)
+    differing = _binding_differences(storage, _with_new_fields(_read(storage), spec), spec)
     return _told(differing) if differing else None
 
 
-def _binding_differences(old: dict[str, Any], new: dict[str, Any], *, kind: str) -> list[tuple[str, Any, Any]]:
-    """The differences in fields that are not free."""
-    return [(name, have, want) for name, have, want in _differences(old, new) if not _is_free(name, kind)]
+def _binding_differences(storage: Storage, old: dict[str, Any], spec: Spec) -> list[tuple[str, Any, Any]]:
+    """The differences of a spec from the one of its directory in fields that are not free."""
+    differences = _differences(old, spec.model_dump(mode="json"))
+    return [one for one in differences if not (_is_free(one[0], spec.kind) or _has_moved(storage, one[0], spec))]
+
+
+def _has_moved(storage: Storage, name: str, spec: Spec) -> bool:
+    """Whether a field is the place of a shard set that holds what the run's newest checkpoint was trained on."""
+    if name != "data.shards" or not isinstance(spec, TrainConfig) or spec.data.shards is None:
+        return False
+    record = newest_record(storage)
+    if record is None or not record.training_sets:
+        return False
+    from pipeline.ledger import read_manifest  # noqa: PLC0415  (brings numpy)
+
+    return record.training_sets == (set_record(read_manifest(open_storage(spec.data.shards, s3=spec.s3))),)
 
 
 def _local(run_dir: str) -> Storage:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -25,6 +25,9 @@ from pipeline.local_storage import LocalStorage, sha256_of_file
 from pipeline.storage import ArtifactError, Storage, sha256_of
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from pipeline.ledger import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,16 @@ class CheckpointRecord(Config):
         left_out = {"record_sha256"} if self.training_sets else {"record_sha256", "training_sets"}
         canonical = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def set_record(manifest: Manifest) -> SetRecord:
+    """Return what a checkpoint remembers of the shard set with this manifest."""
+    lines = "".join(f"{shard.num_samples} {shard.sha256}\n" for shard in manifest.shards)
+    return SetRecord(
+        num_samples=manifest.num_samples,
+        num_shards=len(manifest.shards),
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+    )
 
 
 def checkpoint_name(step: int) -> str:

@@ -5,13 +5,11 @@ Invariant: codes of two tokenizers never meet in a run, and a model never reads 
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 from pipeline.loader import check_room, open_cache, open_parts
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
-from training.checkpoint import SetRecord
 from training.config import TrainConfig
 
 
@@ -32,17 +30,6 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
     check_room([*shard_sets, held_out], cache=cache)
     return shard_sets, held_out
-
-
-def set_record(shard_set: ShardSet) -> SetRecord:
-    """Return what a checkpoint remembers of a training set."""
-    shards = shard_set.manifest.shards
-    lines = "".join(f"{shard.num_samples} {shard.sha256}\n" for shard in shards)
-    return SetRecord(
-        num_samples=shard_set.num_samples,
-        num_shards=len(shards),
-        sha256=hashlib.sha256(lines.encode()).hexdigest(),
-    )
 
 
 def _check_fits_model(shard_set: ShardSet, *, config: TrainConfig) -> None:

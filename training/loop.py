@@ -22,9 +22,9 @@ import torch
 
 from pipeline.loader import Batch, Loader
 from pipeline.shard_set import ShardSet
-from training.checkpoint import CheckpointRecord, RunState, checkpoint_name
+from training.checkpoint import CheckpointRecord, RunState, checkpoint_name, set_record
 from training.config import TrainConfig
-from training.data import open_shards, set_record
+from training.data import open_shards
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
 from training.ops import check_ops
@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
             config,
             ranks=ranks,
             fingerprint=shard_sets[0].fingerprint,
-            training_sets=[set_record(shard_set) for shard_set in shard_sets],
+            training_sets=[set_record(shard_set.manifest) for shard_set in shard_sets],
         )
         if record is not None and record.step >= config.num_steps:
             logger.info("run %s is finished: step=%d", config.run_dir, record.step)
@@ -173,7 +173,7 @@ class _Run:
             config,
             ranks=ranks,
             fingerprint=shard_sets[0].fingerprint,
-            training_sets=[set_record(shard_set) for shard_set in shard_sets],
+            training_sets=[set_record(shard_set.manifest) for shard_set in shard_sets],
         )
         if ranks.is_first:
             files.bring_records(step=state.step)

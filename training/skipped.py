@@ -70,8 +70,8 @@ class SkippedSteps:
             raise FloatingPointError(
                 f"train step {step}: at most max_skipped_steps = {self._config.max_skipped_steps} steps may have a "
                 f"loss or gradient norm that is not finite, got {self.count} (loss {loss}, norm {grad_norm}); look at "
-                f"their samples in {self._path}, lower optimizer.learning_rate or raise optimizer.warmup_steps or "
-                f"max_skipped_steps, then run again (it resumes before this step)"
+                f"their samples in {self._path}, then raise max_skipped_steps and run again (it resumes before this "
+                f"step), or lower optimizer.learning_rate in a new run_dir with warm_start: {self._config.run_dir}"
             )
 
     def close(self) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from synthetic_checkpoints import prepare, record_of
+from synthetic_shards import train_config, write_shard_set
 
 from jobs.cli import _command, _outcome, _told, main
 from jobs.run import remember_spec, run_spec
 from jobs.spec import load_spec, shipped_spec
+from pipeline.ledger import read_manifest
 from pipeline.local_storage import exclusive, write_json
 from pipeline.storage import ArtifactError, open_storage
-from training.checkpoint import commit_checkpoint
+from training.checkpoint import commit_checkpoint, set_record
 
 
 def call(*words: str) -> Result:
@@ -116,11 +118,25 @@ def test_fields_that_do_not_change_the_result_are_free(tmp_path: Path) -> None:
     remember_spec(load_spec(path, [place]))
     remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "engine.ops=reference"]))
     remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "num_steps=2000"]))
-    begin(tmp_path / "run")
-    moved = ["data.shards=moved", "optimizer.learning_rate=1e-5", "optimizer.warmup_steps=7"]
-    remember_spec(load_spec(path, [place, "cluster.num_workers=1", "log_every_n_steps=7", "num_steps=2000", *moved]))
     kept = json.loads((tmp_path / "run" / "spec.json").read_text())
     assert (kept["cluster"]["num_workers"], kept["log_every_n_steps"], kept["num_steps"]) == (1, 7, 2000)
+
+
+def test_a_shard_set_may_move_but_not_change_while_a_run_goes_on(tmp_path: Path) -> None:
+    here = write_shard_set(tmp_path / "here")
+    spec = train_config(tmp_path / "run", shards=here)
+    remember_spec(spec)
+    storage, trained_on = open_storage(str(tmp_path / "run")), set_record(read_manifest(open_storage(str(here))))
+    prepare(storage, 1)
+    commit_checkpoint(storage, record_of(1).model_copy(update={"training_sets": (trained_on,)}))
+    moved = here.rename(tmp_path / "moved")
+    remember_spec(train_config(tmp_path / "run", shards=moved))
+    assert json.loads((tmp_path / "run" / "spec.json").read_text())["data"]["shards"] == str(moved)
+    grown = write_shard_set(tmp_path / "grown", samples_per_shard=(40, 24, 33, 16))
+    with pytest.raises(
+        ArtifactError, match=r"these fields differ: data\.shards \(there '.*/moved', in .* '.*/grown'\)"
+    ):
+        remember_spec(train_config(tmp_path / "run", shards=grown))
 
 
 def test_verify_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:

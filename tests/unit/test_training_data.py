@@ -9,8 +9,8 @@ from synthetic_shards import fingerprint_of, train_config, write_shard_set
 
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
-from training.checkpoint import SetRecord
-from training.data import open_shards, set_record
+from training.checkpoint import SetRecord, set_record
+from training.data import open_shards
 from training.ranks import Ranks
 from training.validation import Validation
 
@@ -53,7 +53,7 @@ def test_held_out_codes_of_another_tokenizer_are_refused(tmp_path: Path) -> None
 def test_a_set_is_told_by_its_samples_in_order_and_not_by_its_place(tmp_path: Path) -> None:
     def record(name: str, *sizes: int, first_sample: int = 0) -> SetRecord:
         path = write_shard_set(tmp_path / name, samples_per_shard=sizes, first_sample=first_sample)
-        return set_record(ShardSet.open(str(path)))
+        return set_record(ShardSet.open(str(path)).manifest)
 
     one = record("one", 4, 3)
     assert (one.num_samples, one.num_shards) == (7, 2)
