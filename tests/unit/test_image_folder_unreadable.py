@@ -73,32 +73,32 @@ def test_a_file_that_fails_once_is_read(tmp_path: Path, fail: Any, number: int) 
 @pytest.mark.parametrize("number", FILE_ERRORS)
 @pytest.mark.parametrize("num_images", [1, 4, 100])
 def test_where_no_file_can_be_read_the_storage_fails(tmp_path: Path, fail: Any, num_images: int, number: int) -> None:
-    source, unit = unit_of(tmp_path / "root", num_images=num_images)
-    (tmp_path / "root").rename(tmp_path / "gone")
-    (tmp_path / "root").mkdir()  # what a mount leaves behind
+    source, unit = unit_of(tmp_path / "tree", num_images=num_images)
+    (tmp_path / "tree").rename(tmp_path / "gone")
+    (tmp_path / "tree").mkdir()  # what a mount leaves behind
     fail({"*": [number]})
-    said = f"read {tmp_path}/root/a/000.png: where one file .* got {os.strerror(number)} and none that can; check the"
+    said = f"read {tmp_path}/tree/a/000.png: where one file .* got {os.strerror(number)} and none that can; check the"
     with pytest.raises(StorageUnavailableError, match=said):
         read(source, unit)
 
 
 def test_a_mount_that_comes_back_has_cost_no_sample(tmp_path: Path) -> None:
-    source, unit = unit_of(tmp_path / "root")
+    source, unit = unit_of(tmp_path / "tree")
     samples = source.read(unit)
     assert next(samples).data == b"0"
-    (tmp_path / "root").rename(tmp_path / "gone")
-    with pytest.raises(StorageUnavailableError, match=r"root/a/001\.png: .* got No such file or directory"):
+    (tmp_path / "tree").rename(tmp_path / "gone")
+    with pytest.raises(StorageUnavailableError, match=r"tree/a/001\.png: .* got No such file or directory"):
         next(samples)
-    (tmp_path / "gone").rename(tmp_path / "root")
+    (tmp_path / "gone").rename(tmp_path / "tree")
     assert read(source, unit) == [(b"%d" % index, "") for index in range(4)]
 
 
 def test_of_a_lone_file_the_root_is_the_witness(tmp_path: Path) -> None:
-    source, unit = unit_of(tmp_path / "root", num_images=1)
-    (tmp_path / "root" / "a" / "000.png").unlink()
+    source, unit = unit_of(tmp_path / "tree", num_images=1)
+    (tmp_path / "tree" / "a" / "000.png").unlink()
     assert read(source, unit) == [(b"", "unreadable: No such file or directory")]
-    (tmp_path / "root" / "a").rmdir()
-    with pytest.raises(StorageUnavailableError, match=r"root/a/000\.png"):
+    (tmp_path / "tree" / "a").rmdir()
+    with pytest.raises(StorageUnavailableError, match=r"tree/a/000\.png"):
         read(source, unit)
 
 
