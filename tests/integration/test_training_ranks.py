@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,20 @@ def test_accumulated_micro_batches_and_one_rank_train_like_two(shards: Path, tmp
     assert losses[2] == pytest.approx(losses[0], abs=2e-5)
 
 
+def start_and_take_steps(config: TrainConfig) -> subprocess.Popen[str]:
+    """Start a run and return when it has taken three steps."""
+    process = start(config)
+    deadline = time.monotonic() + 100
+    while len(read_metrics(Path(config.run_dir))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
 @pytest.mark.slow
 def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
     config = config_of(run_dir, shards, num_steps=2000, checkpoint__every_n_steps=1000, validation=None)
-    process = start(config)
-    deadline = time.monotonic() + 100
-    while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_and_take_steps(config)
     for rank in ranks_of(process.pid):
         os.kill(rank, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -224,10 +231,7 @@ def test_sigterm_ends_in_a_checkpoint_and_the_rerun_goes_on(shards: Path, tmp_pa
 def test_ranks_of_a_killed_torchrun_save_and_end_so_that_the_rerun_goes_on(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "orphaned"
     config = config_of(run_dir, shards, num_steps=100_000, checkpoint__every_n_steps=50_000, validation=None)
-    process = start(config)
-    deadline = time.monotonic() + 100
-    while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_and_take_steps(config)
     ranks = [psutil.Process(rank) for rank in ranks_of(process.pid)]
     process.kill()
     assert psutil.wait_procs(ranks, timeout=60)[1] == []
