@@ -86,8 +86,6 @@ class Loader:
         self._parts = [
             _Part(shard_set, config=config, number=number, rank=rank) for number, shard_set in enumerate(shard_sets)
         ]
-        self.num_replaced = 0
-        """Damaged samples of this rank that others stood for, in all batches returned so far."""
         self._ahead: ReadAhead[Batch] | None = None
         if config.read_ahead_batches:
             self._ahead = ReadAhead(self._read, step=global_batch_size, depth=config.read_ahead_batches)
@@ -98,9 +96,7 @@ class Loader:
         Raises:
             ArtifactError: a sample is damaged and may not be replaced, or its label is not below `num_classes`.
         """
-        batch = self._read(position) if self._ahead is None else self._ahead.take(position)
-        self.num_replaced += batch.num_replaced
-        return batch
+        return self._read(position) if self._ahead is None else self._ahead.take(position)
 
     def sample_names(self, batch: Batch) -> list[str]:
         """Return what a person finds each sample of a batch by: the URL of its shard and its key."""

@@ -24,6 +24,9 @@ ENERGON_SPLIT = ".nv-meta/split.yaml"
 ENERGON_DATASET = ".nv-meta/dataset.yaml"
 WIDS_INDEX = "shardindex.json"
 
+_LISTS = {ENERGON_INFO: "shard_counts", WIDS_INDEX: "shardlist"}
+"""Where a sidecar speaks of each shard."""
+_REDO = "rerun the tokenize job to rewrite it"
 _NUMBERED = re.compile(r"([0-9]+)\.tar")
 
 
@@ -42,6 +45,28 @@ def remove_sidecars(storage: Storage) -> None:
     """Remove the sidecars, the one that marks the set as prepared first; for when shards are about to be replaced."""
     for name in (ENERGON_INFO, ENERGON_SPLIT, ENERGON_DATASET, WIDS_INDEX):
         storage.remove(name)
+
+
+def sidecar_problems(storage: Storage, manifest: Manifest) -> list[str]:
+    """Return a line for each sidecar that is missing or counts other shards than the manifest.
+
+    What `energon prepare` may decide anew (the split, the sample loader, its version) is not compared.
+    """
+    problems = []
+    for name, data in sidecar_files(manifest).items():
+        if storage.find(name) is None:
+            problems.append(f"{storage.url_of(name)}: must be there for other readers, got nothing; {_REDO}")
+        elif name in _LISTS and _listed(storage.read_bytes(name), name) != _listed(data, name):
+            problems.append(f"{storage.url_of(name)}: must list the manifest's {len(manifest.shards)} shards; {_REDO}")
+    return problems
+
+
+def _listed(data: bytes, name: str) -> Any:
+    """Return what a sidecar says of the shards; None where it is damaged."""
+    try:
+        return json.loads(data)[_LISTS[name]]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def sidecar_files(manifest: Manifest) -> dict[str, bytes]:

@@ -1,7 +1,8 @@
 """Is a shard set what its ledger says? Every byte is read; nothing is changed.
 
-The invariant: a set in which any shard is cut, flipped, missing, extra or swapped, or in which ledger, rejects, poison
-and manifest do not speak of the same things, has at least one problem. The cost is one read of the shards, in threads.
+The invariant: a set in which any shard is cut, flipped, missing, extra or swapped, or in which ledger, rejects, poison,
+manifest and sidecars do not speak of the same things, has at least one problem. The cost is one read of the shards, in
+threads.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.ledger import (
 from pipeline.npy_codes import codes_dtype
 from pipeline.rejects import count, read_rejects
 from pipeline.shards import ShardReader
+from pipeline.sidecars import sidecar_problems
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
 from pipeline.tally import Tally
 
@@ -61,6 +63,7 @@ def verify_shard_set(storage: Storage) -> list[str]:
         problems.extend(problem for of_unit in checks for problem in of_unit)
     if manifest is not None:
         problems.extend(_manifest_problems(storage, manifest, records, poison=poison))
+        problems.extend(sidecar_problems(storage, manifest))
     return problems
 
 

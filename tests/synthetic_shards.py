@@ -67,6 +67,15 @@ def write_shard_set(
     return write_manifest_of(run_dir, shards, num_views=num_views, fingerprint=fingerprint)
 
 
+def damage_samples(shards: Path, *keys: str) -> None:
+    """Put a code that is not in the codebook into the samples of shard 00000 that have these keys."""
+    shard = shards / "shards" / "00000.tar"
+    data = bytearray(shard.read_bytes())
+    for key in keys:
+        data[data.index(f"{key}.codes.npy".encode()) + 512 + 128] = CODEBOOK_SIZE
+    shard.write_bytes(bytes(data))
+
+
 def train_config(run_dir: Path, *, shards: Path, **changes: Any) -> TrainConfig:
     """A train spec of seconds; `changes` are dotted fields with double underscores: `engine__zero_stage=3`."""
     spec: dict[str, Any] = {

@@ -92,8 +92,9 @@ def _show_bar(tail: _Tail, config: TrainConfig, until: threading.Event, console:
 
 
 def _speed(line: dict[str, Any]) -> str:
-    skipped = line.get("num_skipped_steps")
+    replaced, skipped = line.get("num_replaced_samples"), line.get("num_skipped_steps")
     parts = [f"{line['samples_per_s']:.0f} samples/s"]
     parts += [f"mfu {100 * line['mfu']:.0f}%"] if line.get("mfu") is not None else []
+    parts += [f"{replaced} replaced"] if replaced else []
     parts += [f"{skipped} skipped"] if skipped else []
     return "  ".join(parts)

@@ -28,7 +28,7 @@ from training.data import open_shards
 from training.engine import Engine, build_engine
 from training.metrics import rank_log
 from training.ops import check_ops
-from training.progress import Progress, StepMeasures, StepTimes
+from training.progress import Progress, StepCosts, StepMeasures
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.resume import find_checkpoint, resume_engine
 from training.run_files import RunFiles
@@ -228,8 +228,12 @@ class _Run:
                 grad_norm=outcome.grad_norm,
                 num_skipped_steps=self._skipped.count,
             )
-            times = StepTimes(step_s=time.perf_counter() - began, data_wait_s=outcome.data_wait_s)
-            self._progress.after_step(self._step, measures, times)
+            costs = StepCosts(
+                step_s=time.perf_counter() - began,
+                data_wait_s=outcome.data_wait_s,
+                num_replaced=outcome.num_replaced,
+            )
+            self._progress.after_step(self._step, measures, costs)
         return outcome.is_stopped
 
     def _skip(self, batch: Batch, outcome: StepOutcome) -> None:

@@ -59,6 +59,8 @@ def describe_speed(line: dict[str, Any]) -> str:
         parts.append(f"mfu={100 * line['mfu']:.1f}%")
     if line.get("data_wait_share", 0.0) >= 0.005:
         parts.append(f"data_wait={100 * line['data_wait_share']:.0f}%")
+    if line.get("num_replaced_samples"):
+        parts.append(f"replaced_samples={line['num_replaced_samples']}")
     if line.get("num_skipped_steps"):
         parts.append(f"skipped_steps={line['num_skipped_steps']}")
     return " ".join(parts)

@@ -1,8 +1,8 @@
 """What people see of a run while it goes on, and the lines of metrics.jsonl that say the same; rank 0 only.
 
 Invariant: the measured values of a line are those of its own step, so that the line is the same whether or not the run
-was killed before it; times and rates are means over the steps since the last line. Validation and saving are not in
-step times; the stall of saving has a field of its own.
+was killed before it; times and rates are means, and replaced samples a sum, over the steps since the last line.
+Validation and saving are not in step times; the stall of saving has a field of its own.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ class StepMeasures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Where the wall time of one step went."""
+class StepCosts:
+    """Where the wall time of one step went, and what its data lacked."""
 
     step_s: float
     """All of it, reading included."""
     data_wait_s: float
     """Of it, waiting for a batch; the mean over the ranks."""
+    num_replaced: int
+    """Damaged samples that others took the place of."""
 
 
 class Speed:
-    """What a run's step times mean: rates, and the share of the devices' peak (MFU)."""
+    """What the costs of a run's steps mean: rates, and the share of the devices' peak (MFU)."""
 
     def __init__(self, config: TrainConfig, *, ranks: Ranks) -> None:
         """Measure the peak where `engine.peak_tflops` does not give it (under a second)."""
@@ -75,10 +77,10 @@ class Speed:
             ranks.world_size,
         )
 
-    def rates(self, times: Sequence[StepTimes]) -> dict[str, float]:
+    def rates(self, costs: Sequence[StepCosts]) -> dict[str, float]:
         """Return what a line says of the steps since the last one; tokens are predicted codes, T per sample."""
-        step_s = sum(entry.step_s for entry in times) / len(times)
-        data_wait_s = sum(entry.data_wait_s for entry in times) / len(times)
+        step_s = sum(entry.step_s for entry in costs) / len(costs)
+        data_wait_s = sum(entry.data_wait_s for entry in costs) / len(costs)
         samples_per_s = self._batch_size / step_s
         flops_per_s = self._flops_per_sample * samples_per_s
         return {
@@ -111,23 +113,24 @@ class Progress:
         self._speed = Speed(config, ranks=ranks)
         self._log = MetricsLog(directory, step=step, boards=boards)
         self._began = time.perf_counter() - self._log.elapsed_s
-        self._times: list[StepTimes] = []
+        self._costs: list[StepCosts] = []
         self._save_stall_s = 0.0
 
-    def after_step(self, step: int, measures: StepMeasures, times: StepTimes) -> None:
+    def after_step(self, step: int, measures: StepMeasures, costs: StepCosts) -> None:
         """Count a step; every `log_every_n_steps`, on the first and on the last, write and log a line."""
         config = self._config
-        self._times.append(times)
+        self._costs.append(costs)
         if step % config.log_every_n_steps and step not in (1, config.num_steps):
             return
         line = asdict(measures) | {
             "learning_rate": learning_rate_of_step(config.optimizer, step, num_steps=config.num_steps),
-            **self._speed.rates(self._times),
+            **self._speed.rates(self._costs),
+            "num_replaced_samples": sum(entry.num_replaced for entry in self._costs),
             "save_stall_s": self._save_stall_s,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
         self._write(step, "train", line)
-        self._times, self._save_stall_s = [], 0.0
+        self._costs, self._save_stall_s = [], 0.0
 
     def after_validation(self, step: int, result: ValidationResult) -> None:
         """Write and log a line of held-out measures."""

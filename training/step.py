@@ -37,6 +37,8 @@ class StepOutcome:
     """Before clipping; not finite where the loss is not."""
     data_wait_s: float
     """Mean over the ranks."""
+    num_replaced: int
+    """Damaged samples of the global batch that others took the place of."""
     is_stopped: bool
     """Whether any rank was told to stop."""
     suspects_B: Int64Array
@@ -76,8 +78,8 @@ class Stepper:
         freeze_base(self.engine, is_frozen=num_updates < config.optimizer.module_warmup_steps)
         measures = torch.stack([self._take_micro_step(batch, step, index) for index in range(self._num_micro_steps)])
         self.watchdog.enter("reduce", step=step)
-        told = measures.new_tensor([float(is_told_to_stop), data_wait_s])
-        *sums, num_stops, waits_s = self.ranks.sum(torch.cat([measures.sum(0), told])).tolist()
+        told = measures.new_tensor([float(is_told_to_stop), data_wait_s, float(batch.num_replaced)])
+        *sums, num_stops, waits_s, num_replaced = self.ranks.sum(torch.cat([measures.sum(0), told])).tolist()
         means = [value / (self._num_micro_steps * self.ranks.world_size) for value in sums]
         self.watchdog.enter("update", step=step)
         grad_norm = take_step(self.engine, may_update=math.isfinite(means[0]))
@@ -89,6 +91,7 @@ class Stepper:
             accuracy_of_offset=means[1 + window_size :],
             grad_norm=grad_norm,
             data_wait_s=waits_s / self.ranks.world_size,
+            num_replaced=round(num_replaced),
             is_stopped=num_stops > 0,
             suspects_B=_suspects(measures, batch_size=0 if math.isfinite(means[0]) else len(batch.labels_B)),
         )

@@ -1,18 +1,24 @@
 """Weights & Biases as one more board that a run's metrics are shown on, where the spec names a project.
 
-The package is no dependency: it is looked for before training starts and imported only by rank 0. A run resumed in the
-same run_dir goes on as the same W&B run; account and mode come from W&B's own variables (WANDB_API_KEY, WANDB_MODE).
+The package is no dependency: it is looked for before training starts and imported only by rank 0. A run_dir keeps the
+id of its W&B run, drawn at its first start, so that a run that is resumed, or was moved, goes on as the same one and
+never as that of another directory with the same name. Account and mode come from W&B's variables (WANDB_API_KEY,
+WANDB_MODE).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
+import secrets
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage import Storage, open_storage
 from training.config import TrainConfig
+
+WANDB_ID = "wandb_id.txt"
+"""The file of a run_dir that holds the id of its W&B run."""
 
 
 def check_wandb(config: TrainConfig) -> None:
@@ -28,6 +34,13 @@ def check_wandb(config: TrainConfig) -> None:
         )
 
 
+def run_id(storage: Storage) -> str:
+    """Return the id of a run's W&B run, kept in its storage from the first time on."""
+    if storage.find(WANDB_ID) is None:
+        storage.write_bytes(WANDB_ID, f"{secrets.token_hex(8)}\n".encode())
+    return storage.read_bytes(WANDB_ID).decode().strip()
+
+
 class WandbBoard:
     """A run on W&B; only rank 0 has one."""
 
@@ -41,7 +54,7 @@ class WandbBoard:
         wandb: Any = importlib.import_module("wandb")  # by name: not installed where nobody asks for it
         self._run = wandb.init(
             project=config.wandb_project,
-            id=hashlib.sha256(config.run_dir.rstrip("/").encode()).hexdigest()[:16],
+            id=run_id(open_storage(config.run_dir, s3=config.s3)),
             name=config.run_dir.rstrip("/"),
             config=config.model_dump(mode="json"),
             dir=str(directory),

@@ -1,15 +1,16 @@
 """metrics.jsonl: each (step, split) once, also after a kill and a resume; what people read of a line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from synthetic_shards import train_config
 
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 from training.metrics import MetricsLog, describe_line, read_metrics
-from training.wandb_board import check_wandb
+from training.wandb_board import check_wandb, run_id
 
 
 def line(step: int, loss: float = 1.5, split: str = "train") -> dict[str, object]:
@@ -84,10 +85,12 @@ def test_described_line_says_what_is_watched() -> None:
     entry = line(40) | {"learning_rate": 3e-4, "samples_per_s": 98.76, "step_s": 0.5}
     expected = "step=40/100 train loss=1.5000 loss_0=1.5000 learning_rate=0.0003 samples_per_s=98.8 eta_s=30"
     assert describe_line(entry, num_steps=100) == expected
-    quiet = entry | {"mfu": 0.4321, "data_wait_share": 0.004, "num_skipped_steps": 0}
+    quiet = entry | {"mfu": 0.4321, "data_wait_share": 0.004, "num_skipped_steps": 0, "num_replaced_samples": 0}
     assert "samples_per_s=98.8 mfu=43.2% eta_s=30" in describe_line(quiet, num_steps=100)
-    troubled = entry | {"mfu": 0.4321, "data_wait_share": 0.2, "num_skipped_steps": 3}
-    assert "mfu=43.2% data_wait=20% skipped_steps=3 eta_s=30" in describe_line(troubled, num_steps=100)
+    troubled = entry | {"mfu": 0.4321, "data_wait_share": 0.2, "num_skipped_steps": 3, "num_replaced_samples": 2}
+    assert "mfu=43.2% data_wait=20% replaced_samples=2 skipped_steps=3 eta_s=30" in describe_line(
+        troubled, num_steps=100
+    )
 
 
 def test_a_missing_wandb_is_an_error_that_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +107,11 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(ArtifactError, match=r"read .*/metrics\.jsonl: line 2 must be JSON, got 'garbage.*; remove it"):
         MetricsLog(tmp_path, step=3)
+
+
+def test_a_run_keeps_its_wandb_id_where_it_is_moved_and_shares_it_with_no_other(tmp_path: Path) -> None:
+    first = run_id(open_storage(str(tmp_path / "mine" / "run")))
+    assert re.fullmatch(r"[0-9a-f]{16}", first)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert run_id(open_storage(str(tmp_path / "moved" / "run"))) == first
+    assert run_id(open_storage(str(tmp_path / "mine" / "run"))) != first

@@ -86,6 +86,17 @@ def test_a_finished_set_is_whole(root: Path) -> None:
             lambda s: (s / "shards/.staged-00007.tar-1-a").write_text("x"),
             "staged leftover shards/.staged-00007.tar-1",
         ),
+        (lambda s: (s / "shardindex.json").unlink(), "shardindex.json: must be there for other readers, got nothing"),
+        (lambda s: (s / ".nv-meta/split.yaml").unlink(), "split.yaml: must be there for other readers, got nothing"),
+        (
+            lambda s: edit_json(s / "shardindex.json", lambda i: i["shardlist"].pop()),
+            "shardindex.json: must list the manifest's 3 shards",
+        ),
+        (
+            lambda s: edit_json(s / ".nv-meta/.info.json", lambda i: i["shard_counts"].update({"shards/00000.tar": 4})),
+            ".info.json: must list the manifest's 3 shards",
+        ),
+        (lambda s: (s / ".nv-meta/.info.json").write_text("[]"), ".info.json: must list the manifest's 3 shards"),
         (lambda s: (s / "manifest.json").unlink(), "finish the tokenize job"),
         (lambda s: edit_json(s / "manifest.json", lambda m: m.update(version=2)), "version"),
         (lambda s: edit_json(s / "manifest.json", lambda m: m.update(num_samples=11)), "got 11 of 13"),
