@@ -23,4 +23,4 @@ def build_pixels() -> Path:
 
 def sources_mark() -> str:
     """Return what is inside a library that was built from the sources as they are now."""
-    return compiler.digest_of([Path(__file__), Path(compiler.__file__), *compiler.HEADERS.iterdir()])
+    return compiler.digest_of([Path(__file__), Path(compiler.__file__), *compiler.sources_in(compiler.HEADERS)])

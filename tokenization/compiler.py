@@ -97,6 +97,12 @@ def find_compiler() -> list[str]:
     return found
 
 
+def sources_in(directory: Path) -> list[Path]:
+    """Return the C++ and CUDA files in a directory, and nothing that an editor leaves beside them."""
+    kinds = (".h", ".cpp", ".cu")
+    return [path for path in directory.iterdir() if path.suffix in kinds and not path.name.startswith(".")]
+
+
 def digest_of(paths: Iterable[Path]) -> str:
     """Return a digest of the names and contents of files: what a library was built from."""
     digest = hashlib.sha256()

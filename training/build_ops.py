@@ -59,7 +59,8 @@ def build_library(sources: Sequence[Path], target: Path) -> None:
 
 def sources_mark(*, has_cuda: bool = False) -> str:
     """The text that is inside a library built from the sources as they are now; without CUDA, the start of it."""
-    digest = digest_of([Path(__file__), Path(compiler.__file__), *compiler.HEADERS.glob("*.h"), *SOURCES.iterdir()])
+    headers = compiler.HEADERS.glob("*.h")
+    digest = digest_of([Path(__file__), Path(compiler.__file__), *headers, *compiler.sources_in(SOURCES)])
     return f"tensorar ops {digest}" + (" with CUDA" if has_cuda else "")
 
 

@@ -211,6 +211,11 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = ctx.saved_tensors
     is_traced = type(grad_loss) is not Tensor
+    if torch.is_grad_enabled() and not is_traced:
+        raise RuntimeError(
+            "differentiate head_cross_entropy: it has no second derivative, got backward with create_graph=True; use "
+            "torch.nn.functional.cross_entropy on the full logits"
+        )
     if is_traced or torch._C._autograd._get_current_graph_task_keep_graph():  # they must stay as they are
         gradients = [gradient * grad_loss for gradient in gradients]
     elif grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:  # a CPU need not wait to look

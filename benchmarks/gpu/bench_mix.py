@@ -1,8 +1,8 @@
 """The input encoder's attention on a CUDA device: its kernels, torch's own part by part, and a copy, in one run.
 
 `python benchmarks/gpu/bench_mix.py`: 32 samples of 255 windows, k = 4, 16,384 codes, at the sizes of the models. JSON
-lines. `mix`: our kernels in the parts that `attend_windows` takes (`--part-mib` tries other sizes of these), torch's
-kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
+lines. `mix`: our kernels in the parts that `attend_windows` takes (`--part-mib` tries other sizes of these, and
+`--common-share` makes that share of the codes one and the same, as an empty background does), torch's kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
 backward read, and the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by
 the native op, by the reference, and as written first; peak memory over that of values and gradients. Medians of CUDA
 events. `--kernels` prints where the time of the native op goes instead, and its time on a device that is busy before,
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ BUSY_CYCLES = 10_000_000
 """Some 5 ms: longer than the host takes to launch all kernels of the op."""
 
 
-def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool) -> dict[str, Any]:
+def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool, common_share: float = 0.0) -> dict[str, Any]:
     """Times of the kernels, bfloat16."""
     heads, dim, width = config.heads, config.dim, 2
     of_a_part = max(1, part_bytes // (heads * dim * width))
-    parts = torch.randint(CODEBOOK_SIZE, (NUM_WINDOWS, SIZE), device="cuda").split(of_a_part)
+    codes = torch.randint(CODEBOOK_SIZE, (NUM_WINDOWS, SIZE), device="cuda")
+    codes[torch.rand(codes.shape, device="cuda") < common_share] = 7
+    parts = codes.split(of_a_part)
     table = torch.randn(CODEBOOK_SIZE, dim, device="cuda", dtype=torch.bfloat16)
     weights = (table, torch.randn(SIZE, dim, device="cuda"), torch.randn(heads, dim, device="cuda") / dim**0.5)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -65,6 +68,7 @@ def measure_mix(config: ModelConfig, *, part_bytes: int, has_torch: bool) -> dic
         "bench": "mix",
         "part_mib": part_bytes / 2**20,
         "parts": len(parts),
+        "common_share": common_share,
         **{f"{step}_us": round(value, 1) for step, value in us.items()},
         "copy_bytes_per_s": round(1e6 * of_copy),
         "forward_of_copy_bandwidth": round((rows + mixed) / us["forward"] / of_copy, 3),
@@ -122,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--part-mib", type=float, nargs="+", default=[mixing.ACCELERATOR_BYTES / 2**20])
+    parser.add_argument("--common-share", type=float, nargs="+", default=[0.0])
     parser.add_argument("--kernels", action="store_true", help="print the kernels of the native op instead")
     options = parser.parse_args()
     check_ops(with_cuda=True)
@@ -131,9 +136,9 @@ def main() -> None:
             show_kernels(config)
             continue
         of_device = {"device": torch.cuda.get_device_name(), "size": name}
-        for index, mib in enumerate(options.part_mib):
-            mixing.ACCELERATOR_BYTES = int(mib * 2**20)
-            line = measure_mix(config, part_bytes=mixing.ACCELERATOR_BYTES, has_torch=index == 0)
+        for index, (mib, share) in enumerate(product(options.part_mib, options.common_share)):
+            part_bytes = mixing.ACCELERATOR_BYTES = int(mib * 2**20)
+            line = measure_mix(config, part_bytes=part_bytes, has_torch=index == 0, common_share=share)
             line["attend_us"] = measure_attend(config, dtype=torch.bfloat16)["native_us"] if index else None
             print(json.dumps(of_device | line), flush=True)
         mixing.ACCELERATOR_BYTES = int(options.part_mib[0] * 2**20)

@@ -17,6 +17,8 @@ SHAPES = [  # windows, window_size, heads, dim, codebook_size
     (37, 5, 3, 24, 50),
     (21, 3, 5, 20, 9),  # rows that start on no 16 bytes
     (33, 8, 7, 112, 90),
+    (5, 4, 3, 36, 11),  # rows of float32 with an odd number of 16 bytes
+    (3, 8, 5, 300, 11),
     (1365, 4, 12, 768, 16384),  # B's part of a micro batch: four windows a block
     (300, 4, 20, 1280, 16384),  # two
     (122, 4, 32, 3200, 16384),  # one

@@ -119,6 +119,13 @@ def test_nothing_but_losses_is_computed_without_gradient(monkeypatch: pytest.Mon
     assert asked == [(False, False), (True, False)]
 
 
+def test_a_second_derivative_is_refused() -> None:
+    states, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = head_cross_entropy(states * states, weight, targets=torch.arange(5), row_weights=torch.ones(5)).loss
+    with pytest.raises(RuntimeError, match="it has no second derivative, got backward with create_graph=True"):
+        torch.autograd.grad(loss, states, create_graph=True)
+
+
 def test_backward_may_be_repeated_where_the_graph_is_kept() -> None:
     states, weight, targets, row_weights = problem(6, torch.float32)
     loss = 3 * head_cross_entropy(states, weight, targets=targets, row_weights=row_weights).loss

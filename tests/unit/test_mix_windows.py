@@ -187,3 +187,13 @@ def test_what_the_kernel_could_not_read_is_refused(change: object, message: str)
     change(codes, weights)  # type: ignore[operator]
     with pytest.raises(RuntimeError, match=message):
         attend_windows(codes, *weights)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_a_nan_of_any_bits_is_seen_in_what_is_mixed(bits: int) -> None:
+    """Devices make NaNs whose bits, rounded to bfloat16 as a number's, are those of -0."""
+    codes, (table, offsets, score_weight, value_weight) = _inputs(SHAPES[2], torch.bfloat16)
+    offsets = offsets.float()
+    offsets[1] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    attended = attend_windows(codes, table, offsets, score_weight.float(), value_weight)
+    assert attended.isnan().all()

@@ -101,6 +101,8 @@ SHAPES = [  # windows, window_size, heads, dim, codebook_size
     (21, 3, 5, 20, 9),  # rows of bfloat16 that start on no 16 bytes
     (6, 2, 2, 7, 5),  # rows that end within a load
     (33, 8, 7, 112, 90),
+    (5, 4, 3, 36, 11),  # rows of float32 with an odd number of 16 bytes
+    (3, 8, 5, 300, 11),
     (150, 4, 4, 64, 20),  # more parts than stripes
     (7, 9, 33, 48, 8),  # more heads than a block of the score weight's gradient
     (5, 4, 2, 768, 6),  # four windows a block
@@ -122,7 +124,7 @@ def test_values_and_gradients_are_those_of_the_formulas_in_float64(
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[7]])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[5], SHAPES[7], SHAPES[9]])
 def test_blocks_and_threads_in_any_order_give_the_same_bits(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -130,6 +132,16 @@ def test_blocks_and_threads_in_any_order_give_the_same_bits(
     ascending = run(given)
     for seed in (1, 2):
         assert all(torch.equal(a, b) for a, b in zip(ascending, run(given, seed=seed), strict=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("first_dim", range(1, 9))
+def test_rows_of_any_length_are_mixed_as_in_float64(first_dim: int, dtype: torch.dtype) -> None:
+    for dim in range(first_dim, 150, 8):
+        given = inputs((5, 4, 3, dim, 7), dtype)
+        for index, (actual, wanted) in enumerate(zip(run(given), brute_force(given), strict=True)):
+            bound = BOUNDS[dtype] if index == 0 else BOUNDS[torch.float32]
+            assert np.abs(actual.double().numpy() - wanted).max() <= bound * np.abs(wanted).max(), (dim, index)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -48,6 +48,18 @@ def test_the_demo_tells_of_a_missing_library_before_its_first_stage(library: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_editors_leave_beside_the_sources_makes_no_library_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(build_ops.SOURCES, sources)
+    (sources / ".ipynb_checkpoints").mkdir()
+    for name in (".mix_windows.cu.swp", "mix_windows.cu~", ".#philox.h"):
+        (sources / name).write_text("half a line")
+    monkeypatch.setattr(build_ops, "SOURCES", sources)
+    check_ops(with_cuda=False)
+
+
 def test_a_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copyfile(build_ops.LIBRARY, library)
     sources = tmp_path / "csrc"

@@ -65,6 +65,22 @@ def _draw(logits_BRV: Tensor, config: SamplerConfig, *, name: Any) -> Tensor:
     return draw_cells(logits_BRV, cells, Draws(SEED, counters_B, torch.full_like(counters_B, 3), name))
 
 
+@pytest.mark.parametrize("name", ["positions", "streams"])
+def test_counters_beyond_their_words_are_refused(name: str) -> None:
+    """They would take the draws of another position or stream."""
+    end = {"positions": 2**16, "streams": 2**32}[name]
+    for number in (-1, end):
+        counters = _counters(2) | {f"{name}_N": torch.tensor([0, number])}
+        told = rf"positions must be in \[0, 2\*\*16\) and streams in \[0, 2\*\*32\), got .*{number}"
+        with pytest.raises(RuntimeError, match=told):
+            ops.drawn_codes(torch.zeros(1, 8), rows_N=torch.zeros(2, dtype=torch.int64), **counters, seed=SEED)
+        rows = {key.replace("_N", "_R"): value for key, value in counters.items()}
+        with pytest.raises(RuntimeError, match=told):
+            ops.sampling_uniforms(**rows, codebook_size=8, seed=SEED)
+    counters = _counters(1) | {f"{name}_N": torch.tensor([end - 1])}
+    ops.drawn_codes(torch.zeros(1, 8), rows_N=torch.zeros(1, dtype=torch.int64), **counters, seed=SEED)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -125,7 +125,13 @@ std::tuple<Tensor, Tensor> drawn_codes_cpu(const Tensor& logits, const Tensor& r
   const int64_t *rows_N = numbers_of("rows", rows, count), *samples_N = numbers_of("samples", samples, count),
                 *positions_N = numbers_of("positions", positions, count),
                 *streams_N = numbers_of("streams", streams, count);
+  const auto counters_of_draw = [&](int64_t i) {
+    return DrawsRow{static_cast<uint64_t>(samples_N[i]), static_cast<uint64_t>(positions_N[i]),
+                    static_cast<uint64_t>(streams_N[i])};
+  };
   for (int64_t i = 0; i < count; ++i) {
+    check(counters_of_draw(i).is_in_range(), "drawn_codes: positions must be in [0, 2**16) and streams in [0, 2**32), got ",
+          positions_N[i], " and ", streams_N[i]);
     check(0 <= rows_N[i] && rows_N[i] < num_rows, "drawn_codes: rows must be in [0, R = ", num_rows, "), got ",
           rows_N[i]);
   }
@@ -139,9 +145,8 @@ std::tuple<Tensor, Tensor> drawn_codes_cpu(const Tensor& logits, const Tensor& r
   const int64_t grain = std::max<int64_t>(1, MIN_CODES_PER_THREAD / codebook_size);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const DrawsRow counters{static_cast<uint64_t>(samples_N[i]), static_cast<uint64_t>(positions_N[i]),
-                              static_cast<uint64_t>(streams_N[i])};
-      const DrawnCode drawn = draw(logits_RV + rows_N[i] * codebook_size, codebook_size, counters, keys);
+      const float* const logits_V = logits_RV + rows_N[i] * codebook_size;
+      const DrawnCode drawn = draw(logits_V, codebook_size, counters_of_draw(i), keys);
       codes_N[i] = drawn.code;
       is_certain_N[i] = drawn.is_certain;
     }

@@ -40,9 +40,11 @@ HOST_DEVICE void end_past_cache() {
 #endif
 }
 
+// Every NaN is 0x7fff, as on a device: rounded as a number, some would be zeros.
 HOST_DEVICE void write(BFloat16* to, Floats values) {
-  const WideBits wide = reinterpret_cast<WideBits>(values);
-  const Bits bits = __builtin_convertvector((wide + 0x7fff + ((wide >> 16) & 1)) >> 16, Bits);
+  const WideBits wide = reinterpret_cast<WideBits>(values), is_nan = reinterpret_cast<WideBits>(values != values);
+  const WideBits rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  const Bits bits = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fff), Bits);
   __builtin_memcpy(to, &bits, sizeof bits);
 }
 

@@ -11,6 +11,9 @@ constexpr int64_t MAX_CODEBOOK_SIZE = int64_t{1} << 18;
 // What a row of draws depends on besides the code.
 struct DrawsRow {
   uint64_t sample, position, stream;
+
+  // Whether they fit the counter; else the draws would be those of others.
+  HOST_DEVICE bool is_in_range() const { return position < uint64_t{1} << 16 && stream < uint64_t{1} << 32; }
 };
 
 HOST_DEVICE PhiloxKeys sampling_keys(int64_t seed) {

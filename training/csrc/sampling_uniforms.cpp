@@ -56,17 +56,21 @@ Tensor sampling_uniforms_cpu(const Tensor& samples, const Tensor& positions, con
   const int64_t *samples_R = counters_of("samples", samples, num_rows),
                 *positions_R = counters_of("positions", positions, num_rows),
                 *streams_R = counters_of("streams", streams, num_rows);
+  const auto counters_of_row = [&](int64_t row) {
+    return DrawsRow{static_cast<uint64_t>(samples_R[row]), static_cast<uint64_t>(positions_R[row]),
+                    static_cast<uint64_t>(streams_R[row])};
+  };
+  for (int64_t row = 0; row < num_rows; ++row) {
+    check(counters_of_row(row).is_in_range(), "sampling_uniforms: positions must be in [0, 2**16) and streams in [0, 2**32), ",
+          "got ", positions_R[row], " and ", streams_R[row]);
+  }
   const Tensor uniforms = torch::stable::new_empty(samples, {num_rows, codebook_size}, ScalarType::Float);
   float* const to = static_cast<float*>(uniforms.data_ptr());
   const PhiloxKeys keys = sampling_keys(seed);
   const auto run = BEST_OF(uniforms_run);
   const int64_t grain = std::max<int64_t>(1, MIN_ELEMENTS_PER_THREAD / codebook_size);
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const DrawsRow counters{static_cast<uint64_t>(samples_R[row]), static_cast<uint64_t>(positions_R[row]),
-                              static_cast<uint64_t>(streams_R[row])};
-      run(counters, keys, codebook_size, to + row * codebook_size);
-    }
+    for (int64_t row = begin; row < end; ++row) run(counters_of_row(row), keys, codebook_size, to + row * codebook_size);
   });
   return uniforms;
 }

@@ -92,19 +92,41 @@ class AddRowsBody {
   }
 
  private:
-  static constexpr int CHUNK = COLUMNS<float>;
+  static constexpr int CHUNK = COLUMNS<float>, ROWS = 8;
 
   HOST_DEVICE void add_all(int thread) const {
     const int64_t code = op.codes_R[first];
     if (code < 0 || (first > 0 && op.codes_R[first - 1] == code)) return;
     const int dim = static_cast<int>(op.dim);
+    const int64_t end = end_of_run(code);
     for (int column = thread * CHUNK; column < dim; column += THREADS * CHUNK) {
+      const auto row_at = [&](int64_t i) {
+        return read_columns<Access, CHUNK>(op.rows_RD + op.places_R[i] * dim + column, dim - column);
+      };
       float* to = op.table_VD + code * dim + column;
       Columns<CHUNK> sums = read_columns<Access, CHUNK>(to, dim - column);
-      for (int64_t i = first; i < op.num_rows && op.codes_R[i] == code; ++i)
-        add(sums, read_columns<Access, CHUNK>(op.rows_RD + op.places_R[i] * dim + column, dim - column));
+      int64_t i = first;
+      for (; i + ROWS <= end; i += ROWS) {  // many reads under way at a time; added in the order of the rows all the same
+        Columns<CHUNK> rows[ROWS];
+        UNROLLED
+        for (int r = 0; r < ROWS; ++r) rows[r] = row_at(i + r);
+        UNROLLED
+        for (int r = 0; r < ROWS; ++r) add(sums, rows[r]);
+      }
+      for (; i < end; ++i) add(sums, row_at(i));
       write_columns<Access>(to, sums, dim - column);
     }
+  }
+
+  // Where the next code begins: steps that double until they are beyond it, then halves of the last one.
+  HOST_DEVICE int64_t end_of_run(int64_t code) const {
+    const auto is_of_code = [&](int64_t i) { return i < op.num_rows && op.codes_R[i] == code; };
+    int64_t last = first, step = 1;
+    for (; is_of_code(last + step); step *= 2) last += step;
+    for (; step > 0; step /= 2) {
+      if (is_of_code(last + step)) last += step;
+    }
+    return last + 1;
   }
 
   const AddRows& op;

@@ -13,14 +13,15 @@
 namespace tensorar {
 
 // Where everything is in a block's shared memory, in numbers of floats; offsets are padded to whole tiles of 4 rows, heads to
-// whole tiles of 4, columns to whole chunks. Made on the host: a thread divides by no number that it does not know.
+// whole tiles of 4, columns to whole chunks, and rows lie `pitch` apart, which is whole pairs of quarters. Made on the host: a
+// thread divides by no number that it does not know.
 struct MixPlan {
   static constexpr int THREADS = 256, WARPS = THREADS / WARP, TILE = 4;
   static constexpr int DOTS = WARPS * TILE * TILE;  // that a block computes at a time
   static constexpr int PARTIALS = WARP + 4;         // a sum; so apart that threads of a warp meet in no bank
 
   int windows, offsets, offset_tiles, tiles, rows, slices;
-  int dim, chunks, stride, heads, head_tiles, padded_heads;
+  int dim, chunks, stride, pitch, heads, head_tiles, padded_heads;
   int partials, factors, codes, end;
   Divisor by_offset_tiles, by_tiles, by_slices, by_chunks, by_head_tiles, by_padded_heads;
 
@@ -34,10 +35,11 @@ struct MixPlan {
         dim(static_cast<int>(op.dim)),
         chunks((dim + chunk_of(op) - 1) / chunk_of(op)),
         stride(chunks * chunk_of(op)),
+        pitch((stride + 7) / 8 * 8),
         heads(static_cast<int>(op.heads)),
         head_tiles((heads + TILE - 1) / TILE),
         padded_heads(head_tiles * TILE),
-        partials(rows * stride),
+        partials(rows * pitch),
         factors(partials + (rows * slices > DOTS ? rows * slices : DOTS) * PARTIALS),
         codes(factors + rows),
         end(codes + rows),
@@ -96,9 +98,9 @@ class WindowBlock {
   HOST_DEVICE int row_of(int window, int offset) const { return window * plan.offset_tiles * TILE + offset; }
 
   // Quarters of four columns, every other eight of them swapped in pairs: so no two threads meet in a bank, whether
-  // threads that follow each other read one quarter each or two.
+  // threads that follow each other read one quarter each or two. A pitch of whole pairs keeps the last within its row.
   HOST_DEVICE float* quarter_at(int row, int quarter) const {
-    return shared + row * plan.stride + 4 * (quarter ^ (quarter >> 3 & 1));
+    return shared + row * plan.pitch + 4 * (quarter ^ (quarter >> 3 & 1));
   }
 
   template <int COUNT>
