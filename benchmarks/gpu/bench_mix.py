@@ -2,11 +2,12 @@
 
 `python benchmarks/gpu/bench_mix.py`: 32 samples of 255 windows, k = 4, 16,384 codes, at the sizes of the models. JSON
 lines. `mix`: our kernels in the parts that `attend_windows` takes (`--part-mib` tries other sizes of these, and
-`--common-share` makes that share of the codes one and the same, as an empty background does), torch's kernels, and least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in
-backward read, and the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by
-the native op, by the reference, and as written first; peak memory over that of values and gradients. Medians of CUDA
-events. `--kernels` prints where the time of the native op goes instead, and its time on a device that is busy before,
-so that it waits for no launch.
+`--common-share` makes that share of the codes one and the same, as an empty background does), torch's kernels, and
+least bytes over the copy bandwidth measured beside them: rows read, N D numbers a window written, in backward read, and
+the table's gradient, as in benchmarks/count_step.py. `attend`: all of it forward and backward, by the native op, by the
+reference, and as written first; peak memory over that of values and gradients. Medians of CUDA events. `--kernels`
+prints where the time of the native op goes instead, and its time on a device that is busy before, so that it waits for
+no launch.
 """
 
 import argparse
