@@ -1,8 +1,9 @@
 """A shard set in LlamaGen's layout: two npy files a sample, as its `extract_codes_c2i.py` writes and its trainer reads.
 
-The invariant: file i is the i-th sample of the set, and `export.json` counts the shards whose files are all committed,
-so a rerun goes on after the last of them. Memory is one shard's. Millions of small files are slow by nature (600 to
-1,000 samples a second on two cores); the layout leaves no choice.
+The invariant: file i is the i-th sample of the set, and `export.json` counts the shards whose files were all committed,
+so a rerun writes those after the last of them, and before it those that lost a file since. Memory is one shard's and a
+listing of a folder's. Millions of small files are slow by nature (600 to 1,000 samples a second on two cores); the
+layout leaves no choice.
 """
 
 from __future__ import annotations
@@ -121,20 +122,26 @@ def code_folder(views: ViewsConfig, *, output: str) -> str:
 
 
 def _write_missing(storage: Storage, manifest: Manifest, *, target: Storage) -> None:
-    """Write the files of the shards that the record does not count yet, and count them."""
+    """Write the files of the shards that the record does not count yet, or whose files are gone, and count them."""
     record = _begin(storage, manifest, target=target)
-    num_shards = len(manifest.shards)
-    if record.num_shards_done < num_shards:
-        target.remove_staged()
+    num_shards, num_done = len(manifest.shards), record.num_shards_done
     starts = list(accumulate((shard.num_samples for shard in manifest.shards), initial=0))
+    is_there = _find_written(target, manifest)
+    torn = [index for index in range(num_done) if not is_there[starts[index] : starts[index + 1]].all()]
+    if torn:
+        logger.warning(
+            "export %s: files of %d of %d shards are gone; they are written again", target, len(torn), num_done
+        )
+    if torn or num_done < num_shards:
+        target.remove_staged()
     with ThreadPoolExecutor(NUM_WRITERS) as threads:
-        for shard_index in range(record.num_shards_done, num_shards):
+        for shard_index in [*torn, *range(num_done, num_shards)]:
             indices = range(starts[shard_index], starts[shard_index + 1])
             reader = open_shard(storage, f"shards/{manifest.shards[shard_index].name}")
             samples = _read_labelled(reader, num_samples=len(indices), manifest=manifest)
             for _ in threads.map(_write_sample, repeat(target), repeat(manifest), indices, samples):
                 pass  # an error of a thread is raised here
-            record = record.model_copy(update={"num_shards_done": shard_index + 1})
+            record = record.model_copy(update={"num_shards_done": max(num_done, shard_index + 1)})
             target.write_json(RECORD_NAME, record.model_dump(mode="json"))
             logger.info("export %s: shards=%d of %d samples=%d", target, shard_index + 1, num_shards, indices.stop)
 
@@ -163,6 +170,26 @@ def _begin(storage: Storage, manifest: Manifest, *, target: Storage) -> ExportRe
     return record
 
 
+def _find_written(target: Storage, manifest: Manifest) -> npt.NDArray[np.bool_]:
+    """Return of each sample of the set whether both of its files are there in their whole size, by two listings."""
+    is_there = np.ones(manifest.num_samples, dtype=np.bool_)
+    codes = np.zeros((1, manifest.num_views, manifest.codes_per_image), dtype=np.int64)
+    for folder, content in zip(_folders(manifest), (codes, np.zeros(1, dtype=np.int64)), strict=True):
+        found, num_bytes = np.zeros_like(is_there), len(_npy(content))
+        for name, info in target.list(f"{folder}/").items():
+            stem = name.removeprefix(f"{folder}/").removesuffix(".npy")
+            if stem.isdecimal() and int(stem) < len(found) and info.num_bytes == num_bytes:
+                found[int(stem)] = True
+        is_there &= found
+    return is_there
+
+
+def _folders(manifest: Manifest) -> tuple[str, str]:
+    """Return the folders of codes and of labels."""
+    stem = f"imagenet{manifest.fingerprint.image_size_px}"
+    return f"{stem}_codes", f"{stem}_labels"
+
+
 def _read_labelled(reader: ShardReader, *, num_samples: int, manifest: Manifest) -> list[ShardSample]:
     """Return the samples of a shard, every one of them checked before any is written."""
     if reader.num_samples != num_samples:
@@ -188,9 +215,9 @@ def _read_labelled(reader: ShardReader, *, num_samples: int, manifest: Manifest)
 
 
 def _write_sample(target: Storage, manifest: Manifest, index: int, sample: ShardSample) -> None:
-    folder = f"imagenet{manifest.fingerprint.image_size_px}"
-    target.write_bytes(f"{folder}_codes/{index}.npy", _npy(sample.codes_VT[None].astype(np.int64)))
-    target.write_bytes(f"{folder}_labels/{index}.npy", _npy(np.array([sample.metadata["label"]], dtype=np.int64)))
+    codes_folder, labels_folder = _folders(manifest)
+    target.write_bytes(f"{codes_folder}/{index}.npy", _npy(sample.codes_VT[None].astype(np.int64)))
+    target.write_bytes(f"{labels_folder}/{index}.npy", _npy(np.array([sample.metadata["label"]], dtype=np.int64)))
 
 
 def _npy(array: npt.NDArray[np.int64]) -> bytes:
