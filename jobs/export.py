@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+
 from pipeline.config import S3Config
 from pipeline.export import LlamaGenExport, export_llamagen
 from pipeline.ledger import MANIFEST_NAME
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import S3_SCHEME, ArtifactError, open_storage
 from training.checkpoint import CHECKPOINTS, step_in_name
 
 LAYOUTS = ("llamagen", "safetensors")
+LLAMAGEN_CHOICES = {"--image-size": (256, 384, 448, 512), "--downsample-size": (8, 16)}
+"""What LlamaGen's train_c2i.py takes."""
 
 
 def export_directory(
@@ -40,7 +44,8 @@ def export_directory(
     if not is_checkpoint and not storage.list(f"{CHECKPOINTS}/"):
         raise ArtifactError(
             f"export {url}: the directory must be the run_dir of a finished tokenize job or of a train job, "
-            f"got neither {MANIFEST_NAME} nor {CHECKPOINTS}/ in it; finish the job or check the path"
+            f"got neither {MANIFEST_NAME} nor {CHECKPOINTS}/ in it; finish the job, or name its run_dir or one "
+            f"{CHECKPOINTS}/step_ below that"
         )
     from training.export import export_run  # noqa: PLC0415  (imports torch)
 
@@ -51,12 +56,30 @@ def export_directory(
 
 
 def _llamagen_lines(done: LlamaGenExport) -> str:
-    flags = f"--code-path {done.code_path} --image-size {done.image_size_px} --vocab-size {done.codebook_size}"
+    """Return what is where, the command that trains on it, and what LlamaGen needs changed for that command to run."""
+    flags = {
+        "--code-path": shlex.quote(done.code_path),
+        "--cloud-save-path": "DIR",
+        "--image-size": done.image_size_px,
+        "--downsample-size": done.patch_px,
+        "--vocab-size": done.codebook_size,
+    }
+    if done.num_classes is not None:
+        flags["--num-classes"] = done.num_classes
     lines = [
         f"codes: {done.code_path} ({done.num_samples} samples, {done.num_views} views of {done.codes_per_image} codes)",
-        f"next:  LlamaGen's train_c2i.py {flags}",
+        f"next:  LlamaGen's train_c2i.py {' '.join(f'{flag} {value}' for flag, value in flags.items())}",
         f"       after 1281167 in its dataset/imagenet.py was set to {done.num_samples}, the number of files",
     ]
+    for flag, choices in LLAMAGEN_CHOICES.items():
+        if flags[flag] not in choices:
+            known = ", ".join(map(str, choices))
+            lines.append(f"       after {flags[flag]} was added to the choices of {flag} in train_c2i.py, {known}")
+    lines.append("       with DIR for a second copy of its checkpoints")
+    if done.num_classes is None:
+        lines.append("       with --num-classes above the largest label, where that is not below 1000")
+    if done.code_path.startswith(S3_SCHEME):
+        lines.append("       after the folder was copied to a disk under its own name, the path of --code-path then")
     if done.num_views > 1:
         lines.append("       keep `flip` in the path: without it, the views are read as one long sequence")
     if done.code_path.endswith("ten_crop"):

@@ -54,7 +54,9 @@ class LlamaGenExport:
     Attributes:
         code_path: its `--code-path`.
         image_size_px: its `--image-size`.
+        patch_px: its `--downsample-size`.
         codebook_size: its `--vocab-size`.
+        num_classes: its `--num-classes`; None where the set does not name its classes.
         num_samples: files in each of the two folders.
         num_views: views of a sample.
         codes_per_image: codes of a view.
@@ -62,7 +64,9 @@ class LlamaGenExport:
 
     code_path: str
     image_size_px: int
+    patch_px: int
     codebook_size: int
+    num_classes: int | None
     num_samples: int
     num_views: int
     codes_per_image: int
@@ -93,7 +97,9 @@ def export_llamagen(storage: Storage, *, output: str, s3: S3Config) -> LlamaGenE
     return LlamaGenExport(
         code_path=target.url,
         image_size_px=manifest.fingerprint.image_size_px,
+        patch_px=manifest.fingerprint.network.patch_px,
         codebook_size=manifest.fingerprint.network.codebook_size,
+        num_classes=None if manifest.class_names is None else len(manifest.class_names),
         num_samples=manifest.num_samples,
         num_views=manifest.num_views,
         codes_per_image=manifest.codes_per_image,

@@ -53,6 +53,7 @@ def test_an_export_from_s3_to_s3_has_the_bytes_of_a_local_one(tmp_path: Path, s3
     assert len(local) > 2 * 5  # codes and label of each sample, and the record
     assert contents_of(open_storage(f"{s3_url}/out"), "") == local
     assert told.startswith(f"codes: {s3_url}/out/")
+    assert "copied to a disk under its own name" in told
 
 
 def folder_job(root: str, run_dir: str, *, weights: Path) -> TokenizeConfig:
