@@ -9,11 +9,13 @@ from pathlib import Path
 
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import newest_record
-from training.config import ModelConfig, TrainConfig
+from training.config import TrainConfig
 from training.data import open_shards
 from training.ops import check_ops
+from training.run_weights import RunCheckpoint
 from training.tensorar import module_hidden_dim
-from training.weights import find_weights, read_header
+from training.weights import find_weights
+from training.weights_file import ModelHeader
 
 _FIELDS = ("layers", "heads", "dim", "codebook_size", "num_classes")
 
@@ -33,14 +35,13 @@ def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
         check_ops(with_cuda=config.cluster.gpus_per_worker > 0)
     open_shards(config)
     if is_new and config.warm_start is not None:
-        _check_warm_start(config, config.warm_start)
+        header = _header_of(config, config.warm_start)
+        if header is not None:  # else LlamaGen's own file, whose shapes are known once its tensors are read
+            _check_model(config, config.warm_start, header)
 
 
-def _check_warm_start(config: TrainConfig, url: str) -> None:
-    found = _model_of(config, url)
-    if found is None:  # LlamaGen's own file, whose shapes are known once its tensors are read
-        return
-    wanted = config.model
+def _check_model(config: TrainConfig, url: str, header: ModelHeader) -> None:
+    found, wanted = header.config, config.model
     fields = [(name, getattr(found, name), getattr(wanted, name)) for name in _FIELDS]
     if found.window_size != 1:
         fields.append(("window_size", found.window_size, wanted.window_size))
@@ -53,13 +54,14 @@ def _check_warm_start(config: TrainConfig, url: str) -> None:
         )
 
 
-def _model_of(config: TrainConfig, url: str) -> ModelConfig | None:
-    """What model the weights are of; none where only reading them tells. Raises ArtifactError where there are none."""
+def _header_of(config: TrainConfig, url: str) -> ModelHeader | None:
+    """What the weights are of; none where only reading them tells. Raises ArtifactError where there are none."""
     if "://" in url or Path(url).expanduser().is_dir():
-        record = newest_record(open_storage(url, s3=config.s3))
+        storage = open_storage(url, s3=config.s3)
+        record = newest_record(storage)
         if record is not None:  # the ranks verify the files; their record alone says what they are
-            return ModelConfig.model_validate(record.spec["model"])
+            return RunCheckpoint(storage=storage, record=record).header
     place = find_weights(url, s3=config.s3)
-    if not isinstance(place, Path):
-        return place.model_config
-    return read_header(place).config if place.suffix == ".safetensors" else None
+    if isinstance(place, RunCheckpoint):
+        return place.header
+    return place.read_header() if place.is_ours else None

@@ -47,12 +47,11 @@ def export_run(url: str, *, to: str, output: str, use_ema: bool, step: int | Non
     checkpoint = find_run_checkpoint(url, s3=s3, step=step)
     if checkpoint is None:
         raise ArtifactError(f"export {url}: the run must have a checkpoint, got none; run the train job")
-    state, record = checkpoint.read_weights(use_ema=use_ema), checkpoint.record
+    state, header = checkpoint.read_weights(use_ema=use_ema), checkpoint.header
     if to == "llamagen":
-        num_tensors = save_base_weights(output, state, step=record.step, s3=s3)
+        num_tensors = save_base_weights(output, state, step=header.step, s3=s3)
     else:
-        config, fingerprint = checkpoint.model_config, record.fingerprint
-        save_model(output, state, config=config, fingerprint=fingerprint, step=record.step, s3=s3)
+        save_model(output, state, config=header.config, fingerprint=header.fingerprint, step=header.step, s3=s3)
         num_tensors = len(state)
     what: Literal["weights", "average of the weights"] = "average of the weights" if use_ema else "weights"
-    return RunExport(what=what, step=record.step, num_tensors=num_tensors)
+    return RunExport(what=what, step=header.step, num_tensors=num_tensors)

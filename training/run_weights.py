@@ -27,6 +27,7 @@ from training.checkpoint import (
 )
 from training.config import ModelConfig
 from training.fragment_file import EMA, WEIGHTS, FragmentFile
+from training.weights_file import ModelHeader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,10 @@ class RunCheckpoint:
         return self.storage.url_of(checkpoint_name(self.record.step))
 
     @property
-    def model_config(self) -> ModelConfig:
-        """Of the model that was trained."""
-        return ModelConfig.model_validate(self.record.spec["model"])
+    def header(self) -> ModelHeader:
+        """What the weights are of."""
+        config = ModelConfig.model_validate(self.record.spec["model"])
+        return ModelHeader(config=config, fingerprint=self.record.fingerprint, step=self.record.step)
 
     def read_weights(self, *, use_ema: bool = False) -> dict[str, Tensor]:
         """Return the float32 weights by name, on the CPU.
@@ -75,7 +77,7 @@ def find_run_checkpoint(url: str, *, s3: S3Config, step: int | None = None) -> R
     Args:
         url: the run_dir, or one of its `checkpoints/step_XXXXXXXX`.
         s3: how S3 is reached.
-        step: of the checkpoint; none is the newest whole one.
+        step: of the checkpoint; none is the newest whole one, or the one that `url` names.
 
     Raises:
         ArtifactError: the one that was asked for is damaged or missing, or all are damaged.

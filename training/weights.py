@@ -1,8 +1,6 @@
 """Weights in and out: a training run, our own safetensors or LlamaGen's checkpoints in, our own safetensors out.
 
-No key is ever skipped: a missing, unexpected or misshapen one is an error that names it. Our file is a safetensors of
-float32 tensors with one metadata entry, `tensorar`: the JSON of `ModelHeader` (version, model config, tokenizer
-fingerprint, step).
+No key is ever skipped: a missing, unexpected or misshapen one is an error that names it.
 """
 
 from __future__ import annotations
@@ -12,36 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import S3Config
 from pipeline.local_storage import local_path, sha256_of_file
 from pipeline.storage import S3_SCHEME, ArtifactError, open_storage, split_url
-from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 from training.config import ModelConfig
 from training.llamagen import BASE, load_base_weights, some
 from training.run_weights import RunCheckpoint, find_run_checkpoint
 from training.tensorar import TensorAR
+from training.weights_file import ModelHeader, WeightsFile, read_weights, write_weights
 
-HEADER_KEY = "tensorar"
-HEADER_VERSION = 1
 CONSOLIDATED = "consolidated.pth"
 """The weights in the folder that LlamaGen's FSDP training writes."""
-
-
-class ModelHeader(Config):
-    """What our weights file says about itself."""
-
-    version: int = HEADER_VERSION
-    config: ModelConfig
-    fingerprint: Fingerprint | None
-    """Tokenizer of the codes trained on; none where it is not known."""
-    step: int
-    """Training steps behind the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +62,10 @@ def save_model(
         ArtifactError: the state dict is not that of a model of `config`.
     """
     _check_keys(f"save weights {path}", expected=_expected_shapes(config), found=model_state)
-    tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in model_state.items()}
     header = ModelHeader(config=config, fingerprint=fingerprint, step=step)
     directory, name = split_url(str(path))
     with open_storage(directory, s3=s3).stage(name) as staged_path:
-        save_file(tensors, staged_path, metadata={HEADER_KEY: header.model_dump_json()})
+        write_weights(staged_path, model_state, header=header)
 
 
 def load_model(
@@ -110,48 +91,43 @@ def load_model(
     """
     place = find_weights(path, s3=s3)
     if isinstance(place, RunCheckpoint):
-        header, state = _header_of(place), place.read_weights(use_ema=use_ema)
+        header, state, sha256 = place.header, place.read_weights(use_ema=use_ema), place.record.record_sha256
     else:
         _refuse_ema(place, use_ema=use_ema)
-        header = read_header(place)
+        with place.on_disk() as local:
+            (header, state), sha256 = read_weights(local), sha256_of_file(local)
         # Copies in aligned memory: a mapped file's tensors start anywhere, and products round by their alignment.
-        state = {name: value.clone() for name, value in _read_tensors(place).items()}
-    _check_keys(f"load weights {_url_of(place)}", expected=_expected_shapes(header.config), found=state)
-    _check_finite(f"load weights {_url_of(place)}", state)
+        state = {name: value.clone() for name, value in state.items()}
+    _check_keys(f"load weights {place.url}", expected=_expected_shapes(header.config), found=state)
+    _check_finite(f"load weights {place.url}", state)
     with torch.device("meta"):
         model = TensorAR(header.config)
     model.load_state_dict(state, assign=True)
     model_file = ModelFile(
-        path=_url_of(place),
-        sha256=digest_of(place),
-        config=header.config,
-        fingerprint=header.fingerprint,
-        step=header.step,
+        path=place.url, sha256=sha256, config=header.config, fingerprint=header.fingerprint, step=header.step
     )
     return model.to(device=device, dtype=dtype).eval(), model_file
 
 
-def find_weights(path: str | Path, *, s3: S3Config = S3Config()) -> Path | RunCheckpoint:  # noqa: B008  (frozen)
+def find_weights(path: str | Path, *, s3: S3Config = S3Config()) -> WeightsFile | RunCheckpoint:  # noqa: B008  (frozen)
     """The weights file, or the checkpoint of a run, that `path` stands for.
 
     Args:
-        path: a weights file, a training run directory or one of its checkpoints (both may be `s3://` URLs), or
-            LlamaGen's FSDP folder.
+        path: a weights file, a training run directory, one of its checkpoints, or LlamaGen's FSDP folder; all may be
+            `s3://` URLs.
         s3: how S3 is reached.
 
     Raises:
         ArtifactError: there is none.
     """
-    if str(path).startswith(S3_SCHEME):
-        checkpoint, is_there = find_run_checkpoint(str(path), s3=s3), True
-    else:
-        place = local_path(path)
-        if place.is_file():
-            return place
-        if (place / CONSOLIDATED).is_file():
-            return place / CONSOLIDATED
-        is_there = place.is_dir()
-        checkpoint = find_run_checkpoint(str(place), s3=s3) if is_there else None
+    is_remote = str(path).startswith(S3_SCHEME)
+    place = str(path).rstrip("/") if is_remote else str(local_path(path))
+    for url in (place, f"{place}/{CONSOLIDATED}"):
+        file = WeightsFile(url=url, s3=s3)
+        if file.exists():
+            return file
+    is_there = is_remote or Path(place).is_dir()
+    checkpoint = find_run_checkpoint(place, s3=s3) if is_there else None
     if checkpoint is None:
         raise ArtifactError(
             f"find weights {path}: it must be a weights file or a run directory with a whole checkpoint, got "
@@ -160,41 +136,12 @@ def find_weights(path: str | Path, *, s3: S3Config = S3Config()) -> Path | RunCh
     return checkpoint
 
 
-def digest_of(place: Path | RunCheckpoint) -> str:
+def digest_of(place: WeightsFile | RunCheckpoint) -> str:
     """The sha256 that tells weights from others: of the file, or of a checkpoint's record."""
-    return place.record.record_sha256 if isinstance(place, RunCheckpoint) else sha256_of_file(place)
-
-
-def read_header(path: Path) -> ModelHeader:
-    """What our weights file says about itself.
-
-    Raises:
-        ArtifactError: it is damaged, not ours, or of another version.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER_KEY)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"read weights {path}: it must be a safetensors file, got {type(error).__name__}: {error}; "
-            "use a run directory or a file that a train job wrote"
-        ) from error
-    if text is None:
-        raise ArtifactError(
-            f"read weights {path}: metadata must hold {HEADER_KEY!r}, got none; use a file that a train job wrote"
-        )
-    try:
-        header = ModelHeader.model_validate_json(text)
-    except ValidationError as error:
-        raise ArtifactError(
-            f"read weights {path}: metadata {HEADER_KEY!r} must be a version {HEADER_VERSION} header, "
-            f"got {error.error_count()} errors, the first: {error.errors()[0]['msg']}; write the file anew"
-        ) from error
-    if header.version != HEADER_VERSION:
-        raise ArtifactError(
-            f"read weights {path}: version must be {HEADER_VERSION}, got {header.version}; install a newer tensorar"
-        )
-    return header
+    if isinstance(place, RunCheckpoint):
+        return place.record.record_sha256
+    with place.on_disk() as local:
+        return sha256_of_file(local)
 
 
 def warm_start(
@@ -213,46 +160,31 @@ def warm_start(
         s3: how S3 is reached.
 
     Raises:
-        ArtifactError: nothing is there, or the weights do not fit the model.
+        ArtifactError: nothing is there, it is damaged, the weights do not fit the model, or one is not finite.
     """
     place = find_weights(path, s3=s3)
-    if isinstance(place, RunCheckpoint):
-        state = place.read_weights()
-    elif place.suffix != ".safetensors":
-        state = {BASE + key: value for key, value in load_base_weights(place).items()}
-    else:
-        read_header(place)
-        state = _read_tensors(place)
+    state = place.read_weights() if isinstance(place, RunCheckpoint) else _read_file(place)
     fresh = {}
     if all(key.startswith(BASE) for key in state):
         fresh = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE)}
-    _check_keys(f"warm start from {_url_of(place)}", expected=_expected_shapes(model.config), found=fresh | state)
+    _check_keys(f"warm start from {place.url}", expected=_expected_shapes(model.config), found=fresh | state)
     model.load_state_dict(fresh | state)
 
 
-def _header_of(checkpoint: RunCheckpoint) -> ModelHeader:
-    record = checkpoint.record
-    return ModelHeader(config=checkpoint.model_config, fingerprint=record.fingerprint, step=record.step)
+def _read_file(file: WeightsFile) -> dict[str, Tensor]:
+    """The tensors of a file, LlamaGen's by the names that they have in a `TensorAR`."""
+    with file.on_disk() as local:
+        if file.is_ours:
+            return read_weights(local)[1]
+        return {BASE + key: value for key, value in load_base_weights(local).items()}
 
 
-def _url_of(place: Path | RunCheckpoint) -> str:
-    return place.url if isinstance(place, RunCheckpoint) else str(place)
-
-
-def _refuse_ema(path: Path, *, use_ema: bool) -> None:
+def _refuse_ema(file: WeightsFile, *, use_ema: bool) -> None:
     if use_ema:
         raise ArtifactError(
-            f"load weights {path}: use_ema must be off for a file, which holds one set of weights, got on; name the "
-            "run, or the file that tensorar export --ema wrote without use_ema"
+            f"load weights {file.url}: use_ema must be off for a file, which holds one set of weights, got on; name "
+            "the run, or the file that tensorar export --ema wrote without use_ema"
         )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"load weights {path}: the file is damaged ({error}); use another checkpoint") from error
-    return tensors
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, Tensor]:

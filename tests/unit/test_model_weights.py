@@ -9,37 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic_runs import FINGERPRINT, config_of, model_of, write_run
 from torch import Tensor
 
 from jobs.export import export_directory
 from pipeline.config import S3Config
-from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError
-from tokenization.config import VQConfig
-from tokenization.fingerprint import Fingerprint
-from training.checkpoint import CheckpointRecord, FileRecord, commit_checkpoint, prepared_name
 from training.config import ModelConfig
-from training.fragment_file import FragmentLayout, write_fragments
 from training.llamagen import load_base_weights, save_base_weights
 from training.tensorar import TensorAR, build_model
-from training.weights import load_model, read_header, save_model, warm_start
-
-FINGERPRINT = Fingerprint(
-    weights_sha256="ab" * 32, network=VQConfig(codebook_size=24), image_size_px=24, batch_size=8, dtype="float32"
-)
-
-
-def _config(**changes: Any) -> ModelConfig:
-    fields = {"num_layers": 1, "num_heads": 2, "model_dim": 16, "codebook_size": 24, "codes_per_side": 3}
-    return ModelConfig(**(fields | {"num_classes": 5} | changes))
-
-
-def _model(**changes: Any) -> TensorAR:
-    model = build_model(_config(**changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model
+from training.weights import load_model, save_model, warm_start
+from training.weights_file import read_header
 
 
 def _save(model: TensorAR, path: Path) -> Path:
@@ -52,7 +32,7 @@ def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def test_a_saved_model_comes_back_with_all_it_says(tmp_path: Path) -> None:
-    model = _model(window_size=4)
+    model = model_of(window_size=4)
     loaded, file = load_model(_save(model, tmp_path / "model.safetensors"))
     assert _equal(loaded.state_dict(), model.state_dict())
     assert (file.config, file.fingerprint, file.step) == (model.config, FINGERPRINT, 12)
@@ -62,7 +42,7 @@ def test_a_saved_model_comes_back_with_all_it_says(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
-    model = _model(window_size=4)
+    model = model_of(window_size=4)
     with torch.no_grad():
         model.output_decoder.attention.wk.weight[3, 2] = float("nan")
     path = _save(model, tmp_path / "model.safetensors")
@@ -74,14 +54,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
 
 
 def test_saving_the_same_state_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    model = _model()
+    model = model_of()
     assert (
         _save(model, tmp_path / "a.safetensors").read_bytes() == _save(model, tmp_path / "b.safetensors").read_bytes()
     )
 
 
 def test_bfloat16_weights_are_stored_as_float32(tmp_path: Path) -> None:
-    model = _model().bfloat16()
+    model = model_of().bfloat16()
     loaded, _ = load_model(_save(model, tmp_path / "model.safetensors"))
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
     assert _equal({key: value.bfloat16() for key, value in loaded.state_dict().items()}, model.state_dict())
@@ -90,7 +70,7 @@ def test_bfloat16_weights_are_stored_as_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["model", "module", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_llamagen_files_of_every_layout_load(tmp_path: Path, layout: str | None, prefix: str) -> None:
-    state = {prefix + key: value for key, value in _model().base.state_dict().items()}
+    state = {prefix + key: value for key, value in model_of().base.state_dict().items()}
     whole: dict[str, Any] = state if layout is None else {layout: state, "steps": 3}
     if layout == "model":  # as DDP training writes it
         whole |= {"args": argparse.Namespace(lr=1e-4), "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]}}
@@ -99,19 +79,19 @@ def test_llamagen_files_of_every_layout_load(tmp_path: Path, layout: str | None,
     expected = {key.removeprefix(prefix): value for key, value in state.items()}
     assert _equal(load_base_weights(path), expected)
     assert _equal(load_base_weights(whole), expected)
-    model = build_model(_config(window_size=4))
+    model = build_model(config_of(window_size=4))
     warm_start(model, path)
     assert _equal(dict(model.base.state_dict()), expected)
 
 
 def test_an_old_rotary_table_in_the_file_is_tolerated(tmp_path: Path) -> None:
-    state = _model().base.state_dict()
+    state = model_of().base.state_dict()
     torch.save({"model": state | {"freqs_cis": torch.zeros(3)}}, tmp_path / "old.pt")
     assert _equal(load_base_weights(tmp_path / "old.pt"), dict(state))
 
 
 def test_a_base_file_leaves_exactly_the_new_modules_fresh(tmp_path: Path) -> None:
-    base, model = _model(), build_model(_config(window_size=4))
+    base, model = model_of(), build_model(config_of(window_size=4))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     warm_start(model, _save(base, tmp_path / "base.safetensors"))
     after = model.state_dict()
@@ -121,39 +101,9 @@ def test_a_base_file_leaves_exactly_the_new_modules_fresh(tmp_path: Path) -> Non
 
 
 def test_a_tensorar_file_warm_starts_every_module(tmp_path: Path) -> None:
-    trained, model = _model(window_size=4), build_model(_config(window_size=4))
+    trained, model = model_of(window_size=4), build_model(config_of(window_size=4))
     warm_start(model, _save(trained, tmp_path / "model.safetensors"))
     assert _equal(dict(model.state_dict()), dict(trained.state_dict()))
-
-
-def _write_run(run_dir: Path, model: TensorAR, *, step: int = 12) -> None:
-    """A run of two ranks that each hold a part of every parameter; the average is the weights plus one."""
-    storage = LocalStorage(run_dir)
-    state = {name: value.detach().numpy().ravel() for name, value in model.state_dict().items()}
-    files = []
-    for rank in (0, 1):
-        cuts = {name: (len(flat) * rank // 3, len(flat) * (rank + 1) // 3) for name, flat in state.items()}
-        cuts = {name: (start, len(state[name]) if rank else end) for name, (start, end) in cuts.items() if start < end}
-        layout = FragmentLayout(kinds=("weights", "ema"), fragments=cuts)
-        weights = [state[name][start:end] for name, (start, end) in cuts.items()]
-        name = f"rank_{rank:05d}.safetensors"
-        with storage.stage(f"{prepared_name(storage, step)}/{name}") as staged_path:
-            written = write_fragments(staged_path, layout, [*weights, *(values + 1 for values in weights)])
-        files.append(FileRecord(name=name, num_bytes=written.num_bytes, sha256=written.sha256))
-    record = CheckpointRecord(
-        step=step,
-        samples_consumed=0,
-        optimizer_steps=step,
-        world_size=2,
-        zero_stage=2,
-        kinds=("weights", "ema"),
-        shapes={name: tuple(value.shape) for name, value in model.state_dict().items()},
-        fingerprint=FINGERPRINT,
-        spec={"model": model.config.model_dump(mode="json")},
-        packages={},
-        files=tuple(files),
-    )
-    commit_checkpoint(storage, record)
 
 
 def _plus_one(model: TensorAR) -> dict[str, Tensor]:
@@ -162,21 +112,21 @@ def _plus_one(model: TensorAR) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("place", ["", "checkpoints/step_00000012"])
 def test_a_run_and_its_checkpoint_stand_for_their_weights(tmp_path: Path, place: str) -> None:
-    model = _model(window_size=4)
-    _write_run(tmp_path / "run", model)
+    model = model_of(window_size=4)
+    write_run(tmp_path / "run", model)
     path = tmp_path / "run" / place
     loaded, file = load_model(path)
     assert _equal(loaded.state_dict(), model.state_dict())
     assert (file.config, file.fingerprint, file.step) == (model.config, FINGERPRINT, 12)
     assert file.path == str(tmp_path / "run" / "checkpoints" / "step_00000012")
     assert _equal(load_model(path, use_ema=True)[0].state_dict(), _plus_one(model))
-    fresh = build_model(_config(window_size=4))
+    fresh = build_model(config_of(window_size=4))
     warm_start(fresh, path)
     assert _equal(fresh.state_dict(), model.state_dict())
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused_by_file(tmp_path: Path) -> None:
-    _write_run(tmp_path, _model())
+    write_run(tmp_path, model_of())
     path = tmp_path / "checkpoints" / "step_00000012"
     (path / "rank_00001.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"step 12 in .* is damaged: step_00000012/rank_00001.safetensors has 0 by"):
@@ -185,13 +135,13 @@ def test_a_named_checkpoint_that_is_damaged_is_refused_by_file(tmp_path: Path) -
 
 def test_an_average_is_only_taken_where_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="use_ema must be off for a file"):
-        load_model(_save(_model(), tmp_path / "model.safetensors"), use_ema=True)
+        load_model(_save(model_of(), tmp_path / "model.safetensors"), use_ema=True)
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_an_exported_run_loads_as_the_run_does(tmp_path: Path, use_ema: bool) -> None:
-    model, output = _model(window_size=4), str(tmp_path / "out.safetensors")
-    _write_run(tmp_path / "run", model)
+    model, output = model_of(window_size=4), str(tmp_path / "out.safetensors")
+    write_run(tmp_path / "run", model)
     lines = export_directory(str(tmp_path / "run"), to="safetensors", output=output, s3=S3Config(), use_ema=use_ema)
     assert f"{'average of the weights' if use_ema else 'weights'} of step 12" in lines
     loaded, file = load_model(output)
@@ -200,13 +150,13 @@ def test_an_exported_run_loads_as_the_run_does(tmp_path: Path, use_ema: bool) ->
 
 
 def test_a_run_exported_for_llamagen_has_exactly_its_keys_and_loads_without_pickles(tmp_path: Path) -> None:
-    model, output = _model(window_size=4), str(tmp_path / "out.pt")
-    _write_run(tmp_path / "run", model)
+    model, output = model_of(window_size=4), str(tmp_path / "out.pt")
+    write_run(tmp_path / "run", model)
     export_directory(str(tmp_path / "run"), to="llamagen", output=output, s3=S3Config(), step=12)
     loaded = torch.load(output, weights_only=True)
     assert sorted(loaded) == ["model", "steps"]
     assert _equal(loaded["model"], dict(model.base.state_dict()))
-    fresh = build_model(_config(window_size=4))
+    fresh = build_model(config_of(window_size=4))
     warm_start(fresh, output)
     assert _equal(dict(fresh.base.state_dict()), dict(model.base.state_dict()))
 
@@ -229,7 +179,7 @@ def test_llamagens_keys_of_a_named_size_are_the_ones_we_export(tmp_path: Path) -
     ],
 )
 def test_an_export_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    _write_run(tmp_path / "run", _model())
+    write_run(tmp_path / "run", model_of())
     arguments = {"to": "safetensors", "output": str(tmp_path / "x.safetensors"), "s3": S3Config()} | changes
     with pytest.raises(ArtifactError, match=message):
         export_directory(str(tmp_path / "run"), **arguments)
@@ -247,10 +197,10 @@ def test_an_export_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, 
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_key(tmp_path: Path, change: Any, message: str) -> None:
-    state = dict(_model().base.state_dict())
+    state = dict(model_of().base.state_dict())
     change(state)
     torch.save({"model": state}, tmp_path / "c2i.pt")
-    model = build_model(_config())
+    model = build_model(config_of())
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ArtifactError, match=message):
         warm_start(model, tmp_path / "c2i.pt")
@@ -259,24 +209,28 @@ def test_a_file_that_does_not_fit_is_refused_by_key(tmp_path: Path, change: Any,
 
 def test_modules_of_a_tensorar_file_are_never_dropped_silently(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"unexpected \(input_encoder\."):
-        warm_start(build_model(_config()), _save(_model(window_size=4), tmp_path / "model.safetensors"))
+        warm_start(build_model(config_of()), _save(model_of(window_size=4), tmp_path / "model.safetensors"))
 
 
 def test_a_tensorar_file_that_lacks_a_module_key_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    path = _save(_model(window_size=4), tmp_path / "model.safetensors")
-    header, state = read_header(path).model_dump_json(), load_file(path)
+    path = _save(model_of(window_size=4), tmp_path / "model.safetensors")
+    header, state = read_header(path), load_file(path)
     del state["input_encoder.query"]
-    save_file(state, path, metadata={"tensorar": header})
+    save_file(state, path, metadata={"tensorar": header.model_dump_json()})
     with pytest.raises(ArtifactError, match=r"1 missing \(input_encoder.query\)"):
-        warm_start(build_model(_config(window_size=4)), path)
+        warm_start(build_model(config_of(window_size=4)), path)
 
 
 def test_saving_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="of another shape"):
         save_model(
-            tmp_path / "m.safetensors", _model().state_dict(), config=_config(num_classes=9), fingerprint=None, step=0
+            tmp_path / "m.safetensors",
+            model_of().state_dict(),
+            config=config_of(num_classes=9),
+            fingerprint=None,
+            step=0,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -287,7 +241,7 @@ class _Evil:
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": _model().base.state_dict(), "args": _Evil()}, tmp_path / "evil.pt")
+    torch.save({"model": model_of().base.state_dict(), "args": _Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ArtifactError, match="must be a torch checkpoint of tensors and plain values"):
         load_base_weights(tmp_path / "evil.pt")
     assert capsys.readouterr().out == ""
@@ -312,7 +266,7 @@ def test_a_safetensors_file_that_is_damaged_or_foreign_is_named(tmp_path: Path) 
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ArtifactError, match="metadata must hold 'tensorar', got none"):
         read_header(tmp_path / "foreign.safetensors")
-    path = _save(_model(), tmp_path / "model.safetensors")
+    path = _save(model_of(), tmp_path / "model.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="must be a safetensors file"):
         load_model(path)
@@ -321,7 +275,7 @@ def test_a_safetensors_file_that_is_damaged_or_foreign_is_named(tmp_path: Path) 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    header = read_header(_save(_model(), tmp_path / "model.safetensors"))
+    header = read_header(_save(model_of(), tmp_path / "model.safetensors"))
     later = header.model_copy(update={"version": 2}).model_dump_json()
     save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", metadata={"tensorar": later})
     with pytest.raises(ArtifactError, match="version must be 1, got 2"):
