@@ -5,9 +5,11 @@ It only reads records: manifests, headers of weights, the records of checkpoints
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from pipeline.storage import ArtifactError, open_storage
+from tokenization.fingerprint import Fingerprint
 from training.checkpoint import newest_record
 from training.config import TrainConfig
 from training.data import open_shards
@@ -18,6 +20,8 @@ from training.weights import find_weights
 from training.weights_file import ModelHeader
 
 _FIELDS = ("layers", "heads", "dim", "codebook_size", "num_classes")
+
+logger = logging.getLogger(__name__)
 
 
 def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
@@ -33,11 +37,12 @@ def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
     """
     if config.engine.ops == "native":
         check_ops(with_cuda=config.cluster.gpus_per_worker > 0)
-    open_shards(config)
+    shard_sets, _ = open_shards(config)
     if is_new and config.warm_start is not None:
         header = _header_of(config, config.warm_start)
         if header is not None:  # else LlamaGen's own file, whose shapes are known once its tensors are read
             _check_model(config, config.warm_start, header)
+            _tell_of_other_codes(config.warm_start, header.fingerprint, of_shards=shard_sets[0].fingerprint)
 
 
 def _check_model(config: TrainConfig, url: str, header: ModelHeader) -> None:
@@ -51,6 +56,20 @@ def _check_model(config: TrainConfig, url: str, header: ModelHeader) -> None:
         raise ArtifactError(
             f"warm start from {url}: the weights must be of this model, or of its base model, but these differ: "
             f"{', '.join(differing)}; correct model, or name other weights"
+        )
+
+
+def _tell_of_other_codes(url: str, of_weights: Fingerprint | None, *, of_shards: Fingerprint) -> None:
+    """Warn where the weights learned another tokenizer's codes: that may be wanted, but is seldom what was meant."""
+    if of_weights is not None and of_weights.weights_sha256 != of_shards.weights_sha256:
+        logger.warning(
+            "warm start from %s: its codes should be those of this run's tokenizer %s (weights %s..), got those of %s "
+            "(weights %s..), in which a code means another thing; name other weights unless that is what you want",
+            url,
+            of_shards.digest,
+            of_shards.weights_sha256[:8],
+            of_weights.digest,
+            of_weights.weights_sha256[:8],
         )
 
 

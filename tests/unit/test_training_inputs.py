@@ -8,8 +8,10 @@ import pytest
 import ray
 from synthetic_shards import fingerprint_of, train_config, write_shard_set
 
+from jobs.inputs import check_inputs
 from jobs.launch import launch_training
 from pipeline.storage import ArtifactError
+from tokenization.fingerprint import Fingerprint
 from training.config import TrainConfig
 from training.tensorar import build_model
 from training.weights import save_model
@@ -20,8 +22,8 @@ def shards(tmp_path: Path) -> Path:
     return write_shard_set(tmp_path / "set")
 
 
-def weights_of(config: TrainConfig, path: Path) -> Path:
-    save_model(path, build_model(config.model).state_dict(), config=config.model, fingerprint=None, step=0)
+def weights_of(config: TrainConfig, path: Path, *, fingerprint: Fingerprint | None = None) -> Path:
+    save_model(path, build_model(config.model).state_dict(), config=config.model, fingerprint=fingerprint, step=0)
     return path
 
 
@@ -59,3 +61,31 @@ def test_weights_of_another_model_are_refused_at_once(shards: Path, tmp_path: Pa
     refused(
         config, "these differ: dim (there 64, in the spec 32), hidden width of the modules (there 8, in the spec 4)"
     )
+
+
+def warm_started(config: TrainConfig, weights: Path, *, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is warned of when its inputs are checked."""
+    engine = config.engine.model_copy(update={"ops": "reference"})
+    with caplog.at_level("WARNING"):
+        check_inputs(config.model_copy(update={"warm_start": str(weights), "engine": engine}), is_new=True)
+    return [line.getMessage() for line in caplog.records if line.name == "jobs.inputs"]
+
+
+def test_a_warm_start_from_another_tokenizers_codes_is_told_with_both_digests(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, other = train_config(tmp_path / "run", shards=shards), fingerprint_of("1" * 64)
+    (line,) = warm_started(config, weights_of(config, tmp_path / "a.safetensors", fingerprint=other), caplog=caplog)
+    assert (
+        f"tokenizer {fingerprint_of().digest} (weights 00000000..), got those of {other.digest} (weights 1111" in line
+    )
+
+
+def test_a_warm_start_from_codes_that_mean_the_same_is_not_worth_a_word(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = train_config(tmp_path / "run", shards=shards)
+    rounded = fingerprint_of().model_copy(update={"dtype": "bfloat16", "batch_size": 64})
+    for name, fingerprint in (("a", rounded), ("b", None)):
+        weights = weights_of(config, tmp_path / f"{name}.safetensors", fingerprint=fingerprint)
+        assert warm_started(config, weights, caplog=caplog) == []
