@@ -80,11 +80,16 @@ def find_run_checkpoint(url: str, *, s3: S3Config, step: int | None = None) -> R
         step: of the checkpoint; none is the newest whole one, or the one that `url` names.
 
     Raises:
-        ArtifactError: the one that was asked for is damaged or missing, or all are damaged.
+        ArtifactError: the one that was asked for is damaged or missing, all are damaged, or `url` names another step.
     """
     *parents, checkpoints, name = ["", "", *url.rstrip("/").split("/")]
     named = step_in_name(name)
     if checkpoints == CHECKPOINTS and named is not None:
+        if step not in (None, named):
+            raise ArtifactError(
+                f"find checkpoint of step {step} in {url}: the step must be the directory's own, {named}, got {step}; "
+                "leave the step out, or name the run_dir"
+            )
         url, step = "/".join(parents[2:]) or str(PurePosixPath(".")), named
     storage = open_storage(url, s3=s3)
     if step is None:

@@ -133,6 +133,16 @@ def test_a_named_checkpoint_that_is_damaged_is_refused_by_file(tmp_path: Path) -
         load_model(path)
 
 
+def test_a_step_other_than_that_of_the_named_checkpoint_is_refused(tmp_path: Path) -> None:
+    for step in (12, 20):
+        write_run(tmp_path / "run", model_of(), step=step)
+    place, output = str(tmp_path / "run" / "checkpoints" / "step_00000012"), str(tmp_path / "out.safetensors")
+    with pytest.raises(ArtifactError, match="step must be the directory's own, 12, got 20; leave the step out"):
+        export_directory(place, to="safetensors", output=output, s3=S3Config(), step=20)
+    assert not Path(output).exists()
+    assert "of step 12" in export_directory(place, to="safetensors", output=output, s3=S3Config(), step=12)
+
+
 def test_an_average_is_only_taken_where_there_is_one(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="use_ema must be off for a file"):
         load_model(_save(model_of(), tmp_path / "model.safetensors"), use_ema=True)
