@@ -1,6 +1,7 @@
 """Weights in and out: a training run, our own safetensors or LlamaGen's checkpoints in, our own safetensors out.
 
-No key is ever skipped: a missing, unexpected or misshapen one is an error that names it.
+No key is ever skipped: a missing, unexpected or misshapen one is an error that names it, and so is a weight that is not
+finite.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pipeline.local_storage import local_path, sha256_of_file
 from pipeline.storage import S3_SCHEME, ArtifactError, open_storage, split_url
 from tokenization.fingerprint import Fingerprint
 from training.config import ModelConfig
-from training.llamagen import BASE, load_base_weights, some
+from training.llamagen import BASE, some
 from training.run_weights import RunCheckpoint, find_run_checkpoint
 from training.tensorar import TensorAR
-from training.weights_file import ModelHeader, WeightsFile, read_weights, write_weights
+from training.weights_file import ModelHeader, WeightsFile, read_base_weights, read_weights, write_weights
 
 CONSOLIDATED = "consolidated.pth"
 """The weights in the folder that LlamaGen's FSDP training writes."""
@@ -168,6 +169,7 @@ def warm_start(
     if all(key.startswith(BASE) for key in state):
         fresh = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE)}
     _check_keys(f"warm start from {place.url}", expected=_expected_shapes(model.config), found=fresh | state)
+    _check_finite(f"warm start from {place.url}", state)
     model.load_state_dict(fresh | state)
 
 
@@ -176,7 +178,7 @@ def _read_file(file: WeightsFile) -> dict[str, Tensor]:
     with file.on_disk() as local:
         if file.is_ours:
             return read_weights(local)[1]
-        return {BASE + key: value for key, value in load_base_weights(local).items()}
+        return {BASE + key: value for key, value in read_base_weights(local).items()}
 
 
 def _refuse_ema(file: WeightsFile, *, use_ema: bool) -> None:
@@ -198,7 +200,7 @@ def _check_finite(doing: str, state: dict[str, Tensor]) -> None:
     if broken:
         raise ArtifactError(
             f"{doing}: every weight must be finite, got NaN or infinity in {len(broken)} tensors, {broken[0]} first; "
-            "take an earlier checkpoint"
+            "take an earlier checkpoint or another file"
         )
 
 

@@ -1,8 +1,8 @@
 """A file of weights, ours or LlamaGen's, on a disk or on S3.
 
-Ours is a safetensors of float32 tensors with one metadata entry, `tensorar`: the JSON of `ModelHeader`. The header of a
-file on S3 costs two ranged reads; its tensors are read from a copy below TMPDIR, one for each process that reads, gone
-afterwards.
+Ours is a safetensors of float32 tensors with one metadata entry, `tensorar`: the JSON of `ModelHeader`. Invariant: what
+is read of it is what was written, as the header holds the hash of the values. The header of a file on S3 costs two
+ranged reads; its tensors are read from a copy below TMPDIR, one for each process that reads, gone afterwards.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from pipeline.s3.staging import staging_directory
 from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage, split_url
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
+from tokenization.weights_file import hash_weights
 from training.config import ModelConfig
+from training.llamagen import load_base_weights
 
 HEADER_KEY = "tensorar"
 HEADER_VERSION = 1
@@ -48,6 +51,8 @@ class ModelHeader(Config):
     """Tokenizer of the codes trained on; none where it is not known."""
     step: int
     """Training steps behind the weights."""
+    weights_sha256: str | None = None
+    """Over names, shapes and values, `hash_weights`; none in a file of before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ class WeightsFile:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], *, header: ModelHeader) -> None:
-    """Write a file of ours, float32; the same state gives the same bytes.
+    """Write a file of ours, float32, its hash added to the header; the same state gives the same bytes.
 
     Args:
         path: where to; neither fsynced nor staged.
@@ -122,7 +127,11 @@ def write_weights(path: Path, state: Mapping[str, Tensor], *, header: ModelHeade
         header: what the file shall say about itself.
     """
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
+    header = header.model_copy(update={"weights_sha256": hash_weights(tensors)})
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={HEADER_KEY: header.model_dump_json()})
+    path.chmod(mode)  # as the umask has it: safetensors gives its own file to its owner alone
 
 
 def read_header(path: Path) -> ModelHeader:
@@ -158,7 +167,7 @@ def read_header(path: Path) -> ModelHeader:
 
 
 def read_weights(path: Path) -> tuple[ModelHeader, dict[str, Tensor]]:
-    """Return header and tensors of a file of ours, as they are.
+    """Return header and tensors of a file of ours, which match its hash where it has one.
 
     Raises:
         ArtifactError: it is damaged, not ours, or of another version.
@@ -168,4 +177,32 @@ def read_weights(path: Path) -> tuple[ModelHeader, dict[str, Tensor]]:
         state: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"load weights {path}: the file is damaged ({error}); use another checkpoint") from error
+    found = None if header.weights_sha256 is None else hash_weights(state)
+    if found != header.weights_sha256:
+        raise ArtifactError(
+            f"load weights {path}: sha256 of the values must be {header.weights_sha256}, got {found}; the file is "
+            "damaged, copy or export it again"
+        )
     return header, state
+
+
+def read_base_weights(path: Path) -> dict[str, Tensor]:
+    """Return what `load_base_weights` does, of a file whose checksums hold where it is a zip, as torch writes now.
+
+    Torch leaves them unread; reading them took 0.3 s for 400 MB, half of what loading took.
+
+    Raises:
+        ArtifactError: the file is damaged, cannot be read safely, or holds no weights.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_checksums = any(member.CRC for member in archive.infolist())  # torch can be told to write zeros
+            damaged = archive.testzip() if has_checksums else None
+    except (zipfile.BadZipFile, OSError):
+        damaged = None  # written by an old torch, or no checkpoint at all
+    if damaged is not None:
+        raise ArtifactError(
+            f"load weights {path}: each member must match its checksum, got a damaged {damaged}; copy or download the "
+            "file again"
+        )
+    return load_base_weights(path)

@@ -53,6 +53,24 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
         load_model(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["base.safetensors", "base.pt"])
+def test_a_warm_start_from_weights_that_are_not_finite_is_refused_by_name(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    base, model = model_of(), build_model(config_of(window_size=4))
+    with torch.no_grad():
+        base.base.norm.weight[1] = value
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if name == "base.pt":
+        save_base_weights(tmp_path / name, base.state_dict(), step=1)
+    else:
+        _save(base, tmp_path / name)
+    with pytest.raises(ArtifactError, match=r"NaN or infinity in 1 tensors, base.norm.weight first; .* another file"):
+        warm_start(model, tmp_path / name)
+    assert _equal(dict(model.state_dict()), before)
+
+
 def test_saving_the_same_state_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     model = model_of()
     assert (
@@ -226,7 +244,7 @@ def test_a_tensorar_file_that_lacks_a_module_key_is_refused(tmp_path: Path) -> N
     from safetensors.torch import load_file, save_file
 
     path = _save(model_of(window_size=4), tmp_path / "model.safetensors")
-    header, state = read_header(path), load_file(path)
+    header, state = read_header(path).model_copy(update={"weights_sha256": None}), load_file(path)
     del state["input_encoder.query"]
     save_file(state, path, metadata={"tensorar": header.model_dump_json()})
     with pytest.raises(ArtifactError, match=r"1 missing \(input_encoder.query\)"):
