@@ -1,6 +1,6 @@
 """Shards of S3 on the disk of a machine: downloaded whole, once for all ranks, within a bound.
 
-The invariant: what stands under an entry's name is a whole tar and its index with the manifest's size and sha256; it is
+The invariant: what stands under an entry's name is a whole tar of the manifest's size and sha256, and its index; it is
 named by the sha256, committed by a rename, and a killed process leaves a staged file that nobody reads and the next one
 removes. Whoever maps an entry holds a shared lock on it through the mapping, so eviction (least recently used first)
 passes by what is in use. Whole shards and not ranges: a window is read to its end, codes are small (25 MB for 10,000
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.shards import INDEX_EXTENSION, ShardInfo, ShardReader
+from pipeline.shards import ShardInfo, ShardReader, index_of
 from pipeline.storage import ArtifactError, Storage
 
 GB = 10**9
@@ -214,12 +214,11 @@ def _remove_unused(path: Path) -> bool:
 
 
 def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) -> None:
-    """Write a tar and, behind it, its index.
+    """Write a tar and, behind it, its index: the tar's own, since only the tar has a checksum to be held against.
 
     Raises:
-        ArtifactError: size or sha256 are not the manifest's.
+        ArtifactError: size, sha256 or samples are not the manifest's.
     """
-    index = storage.read_bytes(name + INDEX_EXTENSION)
     digest, num_bytes = hashlib.sha256(), 0
     with storage.open(name) as source:
         while piece := source.read(PIECE_BYTES):
@@ -228,14 +227,17 @@ def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) 
                 _write_all(descriptor, piece, at=num_bytes)
             num_bytes += len(piece)
     where, redo = f"download {storage.url_of(name)}", "remove it and rerun the tokenize job to rewrite it"
-    if num_bytes != info.bytes or len(index) != 8 * (info.num_samples + 1):
-        wanted = f"{info.bytes} bytes and an index of {info.num_samples + 1} offsets"
-        raise ArtifactError(
-            f"{where}: it must have {wanted}, got {num_bytes} and an index of {len(index)} bytes; {redo}"
-        )
+    if num_bytes != info.bytes:
+        raise ArtifactError(f"{where}: it must have the manifest's {info.bytes} bytes, got {num_bytes}; {redo}")
     if digest.hexdigest() != info.sha256:
         raise ArtifactError(
             f"{where}: sha256 must be the manifest's {info.sha256[:8]}.., got {digest.hexdigest()[:8]}..; {redo}"
+        )
+    index = index_of(memoryview(mmap.mmap(descriptor, info.bytes, access=mmap.ACCESS_READ)))
+    if len(index) != 8 * (info.num_samples + 1):
+        num_samples = len(index) // 8 - 1
+        raise ArtifactError(
+            f"{where}: it must hold the manifest's {info.num_samples} samples, got {num_samples}; {redo}"
         )
     _write_all(descriptor, index, at=info.bytes)
 

@@ -1,6 +1,7 @@
 """The cache of shards: whole entries only, within its bound, shared by processes, whatever is killed."""
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -108,7 +109,7 @@ def test_a_mapped_entry_whose_file_is_removed_is_still_read(storage: Storage, tm
     assert is_right(reader, 0)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "index"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer"])
 def test_a_shard_that_is_not_as_its_manifest_says_is_refused_and_not_kept(
     storage: Storage, tmp_path: Path, damage: str
 ) -> None:
@@ -117,13 +118,40 @@ def test_a_shard_that_is_not_as_its_manifest_says_is_refused_and_not_kept(
     if damage == "flip":
         data[700] ^= 1
     path.write_bytes({"cut": data[:-1], "longer": data + b"\0"}.get(damage, data))
-    if damage == "index":
-        path.with_name("00001.tar.idx").write_bytes(bytes(8))
     cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
     with pytest.raises(ArtifactError, match=r"download .*/00001\.tar: (sha256 must be the manifest's|it must have)"):
         open_shard(cache, storage, 1)
     assert entries(cache) == set()
     assert is_right(open_shard(cache, storage, 0), 0)
+
+
+@pytest.mark.parametrize("added", [1, 512, 2048])
+def test_a_wrong_index_on_storage_harms_no_sample(storage: Storage, tmp_path: Path, added: int) -> None:
+    path = tmp_path / "set" / "shards" / "00001.tar.idx"
+    offsets = np.fromfile(path, dtype="<u8")
+    offsets[3] += added
+    path.write_bytes(offsets.tobytes())
+    assert is_right(open_shard(ShardCache(tmp_path / "cache", max_bytes=10**9), storage, 1), 1)
+
+
+def test_a_tar_of_fewer_samples_than_its_manifest_says_is_refused_and_not_kept(
+    storage: Storage, tmp_path: Path
+) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    info = dataclasses.replace(infos(storage)[1], num_samples=SAMPLES + 1)
+    with pytest.raises(ArtifactError, match=r"download .*/00001\.tar: it must hold the manifest's 41 samples, got 40;"):
+        cache.open(storage, f"shards/{info.name}", info=info)
+    assert entries(cache) == set()
+
+
+def test_a_file_that_is_no_shard_is_refused_and_not_kept(storage: Storage, tmp_path: Path) -> None:
+    text = b"no tar" * 1000
+    (tmp_path / "set" / "shards" / "00001.tar").write_bytes(text)
+    info = dataclasses.replace(infos(storage)[1], bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    with pytest.raises(ArtifactError, match=r"download .*/00001\.tar: it must hold the manifest's 40 samples, got"):
+        cache.open(storage, f"shards/{info.name}", info=info)
+    assert entries(cache) == set()
 
 
 def test_an_entry_of_another_size_is_downloaded_again(storage: Storage, tmp_path: Path) -> None:

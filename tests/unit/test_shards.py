@@ -1,5 +1,6 @@
 """The shard format: fixed bytes, Energon's index, readable by webdataset, every changed byte of structure noticed."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from pipeline.shards import (
     WrittenShard,
     canonical_json,
     check_written,
+    index_of,
     open_shard,
     read_shard,
 )
@@ -152,6 +154,17 @@ def test_the_index_has_the_offset_of_each_sample_and_of_the_end(tmp_path: Path) 
     offsets = struct.unpack("<4Q", Path(f"{path}.idx").read_bytes())
     assert list(offsets) == expected
     assert path.stat().st_size % 10240 == 0
+
+
+def test_the_index_of_a_tar_is_found_in_its_headers(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar", codebook_size=65536) as writer:
+        for position, sample in enumerate(samples(30)):
+            writer.add(dataclasses.replace(sample, metadata=odd_metadata(position)))  # of 1 to 3 blocks
+        writer.close()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        offsets = [member.offset for member in tar if member.name.endswith(".codes.npy")]
+        offsets.append(tar.offset)
+    assert index_of((tmp_path / "a.tar").read_bytes()) == struct.pack("<31Q", *offsets)
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 1000])
