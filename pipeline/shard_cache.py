@@ -10,6 +10,7 @@ images), and 10,000 ranged reads cost ten thousand times the requests of one dow
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.shards import ShardInfo, ShardReader, index_of
+from pipeline.shards import ShardInfo, ShardReader, action_of_open, index_of
 from pipeline.storage import ArtifactError, Storage
 
 GB = 10**9
@@ -77,9 +78,10 @@ class ShardCache:
             with self._entry(storage, name, info=info, num_bytes=num_bytes) as entry:
                 data = memoryview(mmap.mmap(entry, num_bytes, access=mmap.ACCESS_READ))
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            action = "free some space or lower data.max_cache_gb" if is_full else action_of_open(error)
             raise ArtifactError(
-                f"read {storage.url_of(name)}: it must be readable and fit into {self.directory}, got {error}; "
-                f"check the shard, free some space or lower data.max_cache_gb, then run again"
+                f"read {storage.url_of(name)}: it must be readable and fit into {self.directory}, got {error}; {action}"
             ) from error
         return ShardReader(data[: info.bytes], index=bytes(data[info.bytes :]), where=storage.url_of(name))
 

@@ -8,6 +8,7 @@ costs 2.5 KiB, most of it tar headers: the price of a format that everybody read
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from pipeline.local_storage import sha256_of_file
 from pipeline.npy_codes import NPY_HEADER_BYTES, Codes, codes_dtype, codes_of_npy, npy_of_codes
-from pipeline.storage import ArtifactError, Buffer, Storage
+from pipeline.storage import ArtifactError, Buffer, Storage, next_action
 from pipeline.ustar import (
     CHECKSUM_FIELD,
     MAX_NAME_BYTES,
@@ -350,8 +351,18 @@ def open_shard(storage: Storage, name: str) -> ShardReader:
     try:
         data, index = storage.map(name), storage.read_bytes(name + INDEX_EXTENSION)
     except OSError as error:
-        raise ArtifactError(f"open shard {where}: tar and index must be readable, got {error}; {_REDO}") from error
+        action = action_of_open(error)
+        raise ArtifactError(f"open shard {where}: tar and index must be readable, got {error}; {action}") from error
     return ShardReader(data, index=index, where=where)
+
+
+def action_of_open(error: OSError) -> str:
+    """Return what to do about a shard that could not be opened: only one that is missing is to be written again."""
+    if isinstance(error, FileNotFoundError):
+        return _REDO
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return "raise ulimit -n or lower data.shuffle_window_shards"
+    return next_action(error, otherwise="check the disk and run the same command again")
 
 
 def read_shard(storage: Storage, name: str) -> Iterator[ShardSample]:

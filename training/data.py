@@ -6,6 +6,7 @@ Invariant: codes of two tokenizers never meet in a run, and a model never reads 
 from __future__ import annotations
 
 import math
+import resource
 
 from pipeline.loader import check_room, open_cache, open_parts
 from pipeline.shard_set import ShardSet
@@ -19,6 +20,7 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     Raises:
         ArtifactError: a set is missing or empty, was not made for this model, or the cache has no room for them.
     """
+    _allow_open_files()
     held_out_urls = [] if config.validation is None else [config.validation.shards]
     cache = open_cache(config.data, urls=[*(part.shards for part in config.data.parts), *held_out_urls])
     shard_sets = open_parts(config.data, s3=config.s3, cache=cache)
@@ -30,6 +32,12 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
     check_room([*shard_sets, held_out], cache=cache)
     return shard_sets, held_out
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files, often 1,024, to the hard one: a mapping keeps its shard's descriptor."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _check_fits_model(shard_set: ShardSet, *, config: TrainConfig) -> None:

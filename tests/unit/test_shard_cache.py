@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forbidden import forbidden
 from synthetic_shards import codes_of, write_shard_set
 
 from pipeline import shard_cache
@@ -170,9 +171,23 @@ def test_a_sha256_that_would_be_a_path_is_refused(storage: Storage, tmp_path: Pa
 def test_a_missing_shard_is_named(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "set" / "shards" / "00001.tar").unlink()
     cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
-    with pytest.raises(ArtifactError, match=r"read .*/00001\.tar: it must be readable"):
+    with pytest.raises(ArtifactError, match=r"read .*/00001\.tar: it must be readable.*rerun the tokenize job"):
         open_shard(cache, storage, 1)
     assert entries(cache) == set()
+
+
+def test_an_entry_that_may_not_be_read_is_no_lack_of_space(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = ShardCache(Path("cache"), max_bytes=10**9)
+    cache.directory.chmod(0o777)
+    open_shard(cache, storage, 0)
+    (cache.directory / ".lock").chmod(0o666)
+    said = r"read .*/00000\.tar: .* Permission denied.*; give the user of the job permission to read it$"
+    info = infos(storage)[0]
+    with forbidden(cache.directory / entry_of(storage, 0)), pytest.raises(ArtifactError, match=said):
+        cache.open(storage, "shards/00000.tar", info=info)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from forbidden import forbidden
 
 from pipeline.local_storage import LocalStorage
 from pipeline.npy_codes import codes_of_npy, npy_of_codes
@@ -302,6 +303,14 @@ def test_a_missing_tar_or_index_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ArtifactError, match=r"open shard .*00000\.tar"):
         next(read_shard(LocalStorage(tmp_path), "00000.tar"))
+
+
+def test_a_shard_that_may_not_be_read_is_left_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "00000.tar")
+    monkeypatch.chdir(tmp_path)
+    said = r"open shard \./00000\.tar: .* Permission denied.*; give the user of the job permission to read it$"
+    with forbidden(path), pytest.raises(ArtifactError, match=said):
+        open_shard(LocalStorage(Path()), path.name)
 
 
 def test_every_changed_byte_of_structure_is_noticed(tmp_path: Path) -> None:

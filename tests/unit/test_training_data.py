@@ -1,5 +1,8 @@
 """Shard sets that do not fit a train spec's model, or each other, are refused with the field to set."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,37 @@ def test_all_sets_of_a_spec_are_opened_in_order(tmp_path: Path) -> None:
     assert held_out is not None
     assert held_out.num_samples == 3
     assert open_shards(train_config(tmp_path / "run", shards=sets[0]))[1] is None
+
+
+READ_ALL = """
+import resource, sys
+import numpy as np
+from pipeline.storage import ArtifactError
+from training.config import TrainConfig
+from training.data import open_shards
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[2])))
+(shard_set,), _ = open_shards(TrainConfig.model_validate_json(sys.argv[1]))
+try:
+    labels_B = shard_set.read_batch(np.arange(300), views=np.zeros(300, dtype=np.int64))[1]
+    print("read", len(labels_B))
+except ArtifactError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("most_files", "said"),
+    [
+        (2000, r"^read 300$"),
+        (256, r"Too many open files; raise ulimit -n or lower data\.shuffle_window_shards$"),
+    ],
+)
+def test_a_run_opens_as_many_files_as_it_may_and_names_the_limit(tmp_path: Path, most_files: int, said: str) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(1,) * 300)
+    config = train_config(tmp_path / "run", shards=shards, data__shuffle_window_shards=128)
+    code = [sys.executable, "-c", READ_ALL, config.model_dump_json(), str(most_files)]
+    done = subprocess.run(code, capture_output=True, text=True, check=True)
+    assert re.search(said, done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(
