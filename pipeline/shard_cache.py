@@ -17,10 +17,12 @@ import logging
 import mmap
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.shards import ShardInfo, ShardReader, action_of_open, index_of
 from pipeline.storage import ArtifactError, Storage
@@ -28,6 +30,8 @@ from pipeline.storage import ArtifactError, Storage
 GB = 10**9
 KEPT_FRACTION = 0.9
 """What eviction goes down to, so that it is not at work for every shard."""
+DISK_BLOCK_BYTES = 4096
+"""What a disk rounds the size of a file up to."""
 ROOM_WAIT_S = 120.0
 WAIT_INTERVAL_S = 0.1
 PIECE_BYTES = 1 << 20
@@ -41,7 +45,7 @@ class ShardCache:
     """A directory of downloaded shards that processes of one machine share."""
 
     def __init__(self, directory: Path, *, max_bytes: int) -> None:
-        """Make the directory; `max_bytes` bounds its files, those being downloaded included.
+        """Make the directory; `max_bytes`, and its disk, bound its files, those being downloaded included.
 
         Raises:
             ArtifactError: it cannot be written.
@@ -102,7 +106,8 @@ class ShardCache:
             if time.monotonic() > deadline and not path.with_suffix(_STAGED).exists():
                 raise ArtifactError(
                     f"download {storage.url_of(name)}: data.max_cache_gb must have room beside the shards in use, got "
-                    f"{self.max_bytes / GB:g} in {self.directory}; raise it or lower data.shuffle_window_shards"
+                    f"{self.max_bytes / GB:g} with {self.disk_bytes() / GB:.3g} on the disk of {self.directory}; raise "
+                    f"it, free some space or lower data.shuffle_window_shards"
                 )
             time.sleep(WAIT_INTERVAL_S)  # another process downloads it, or all that fills the cache is in use
         try:
@@ -116,11 +121,11 @@ class ShardCache:
         if not _try_lock(descriptor):
             os.close(descriptor)
             return None
+        os.ftruncate(descriptor, 0)
         if not self._make_room(num_bytes, keep=staged):
             staged.unlink()
             os.close(descriptor)
             return None
-        os.ftruncate(descriptor, 0)
         os.ftruncate(descriptor, num_bytes)
         return descriptor
 
@@ -141,16 +146,22 @@ class ShardCache:
         logger.debug("downloaded shard=%s seconds=%.2f", storage.url_of(name), time.monotonic() - began)
         return staged
 
+    def disk_bytes(self) -> int:
+        """Return what the cache may take on its disk: what it takes now, and what is free."""
+        taken = sum(file.disk_bytes for file in _found_in(self.directory))
+        return taken + shutil.disk_usage(self.directory).free
+
     def _make_room(self, num_bytes: int, *, keep: Path) -> bool:
         """Evict until `num_bytes` more fit, and whether they do; removes what killed processes left."""
-        files = sorted(_found_in(self.directory, but=keep))
-        total = num_bytes + sum(size for _, size, _ in files)
-        goal = self.max_bytes if total <= self.max_bytes else int(KEPT_FRACTION * self.max_bytes)
-        for _, size, path in files:
-            is_left_over = path.suffix == _STAGED
-            if (total > goal or is_left_over) and _remove_unused(path):
-                total -= size
-        return total <= self.max_bytes
+        files = sorted(file for file in _found_in(self.directory) if file.path != keep)
+        total = num_bytes + sum(file.num_bytes for file in files)
+        bound = min(self.max_bytes, self.disk_bytes() - DISK_BLOCK_BYTES * (len(files) + 1))
+        goal = bound if total <= bound else int(KEPT_FRACTION * bound)
+        for file in files:
+            is_left_over = file.path.suffix == _STAGED
+            if (total > goal or is_left_over) and _remove_unused(file.path):
+                total -= file.num_bytes
+        return total <= bound
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -183,13 +194,23 @@ def _open_whole(path: Path, *, num_bytes: int) -> int | None:
     return descriptor
 
 
-def _found_in(directory: Path, *, but: Path) -> Iterator[tuple[int, int, Path]]:
-    """Yield time of the last use, size and path of every file but one; whatever cleans TMPDIR may remove some."""
+class _Found(NamedTuple):
+    """A file of the cache; those that were used longest ago come first."""
+
+    used_ns: int
+    num_bytes: int
+    disk_bytes: int
+    """Less than `num_bytes` while it is being downloaded."""
+    path: Path
+
+
+def _found_in(directory: Path) -> Iterator[_Found]:
+    """Yield every file; whatever cleans TMPDIR may remove some."""
     for path in directory.iterdir():
-        if path.suffix in (_ENTRY, _STAGED) and path != but:
+        if path.suffix in (_ENTRY, _STAGED):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                yield status.st_mtime_ns, status.st_size, path
+                yield _Found(status.st_mtime_ns, status.st_size, 512 * status.st_blocks, path)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -1,11 +1,14 @@
 """The cache of shards: whole entries only, within its bound, shared by processes, whatever is killed."""
 
 import dataclasses
+import fcntl
 import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from pipeline.shards import ShardInfo, ShardReader
 from pipeline.storage import ArtifactError, Storage, open_storage
 
 NUM_SHARDS, SAMPLES = 6, 40
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 
 
 @pytest.fixture
@@ -101,6 +106,53 @@ def test_an_entry_stays_while_any_of_its_readers_uses_it(
     assert is_right(second, 0)
     del second
     assert is_right(open_shard(cache, storage, 1), 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 600 KiB; six shards take 540."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@needs_root
+def test_entries_make_room_where_the_disk_is_smaller_than_the_bound(storage: Storage, small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(100_000))
+    cache = ShardCache(small_disk / "cache", max_bytes=10**9)
+    for number in (0, 1, 2, 3, 4, 5, 0):
+        assert is_right(open_shard(cache, storage, number), number)
+    assert len(entries(cache)) >= 3
+
+
+@needs_root
+def test_a_disk_full_of_shards_in_use_is_named(
+    storage: Storage, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 0.3)
+    (small_disk / "other").write_bytes(bytes(400_000))
+    cache = ShardCache(small_disk / "cache", max_bytes=10**9)
+    used = open_shard(cache, storage, 0)
+    said = (
+        rf"must have room beside the shards in use, got 1 with 0\.000213 on the disk of {cache.directory}; .*free some"
+    )
+    with pytest.raises(ArtifactError, match=said):
+        [open_shard(cache, storage, number) for number in (1, 2)]
+    assert is_right(used, 0)
+
+
+@needs_root
+def test_what_other_processes_are_downloading_is_counted_in_full(storage: Storage, small_disk: Path) -> None:
+    cache = ShardCache(small_disk / "cache", max_bytes=10**9)
+    begun = small_disk / "cache" / f"{'0' * 64}.staged"
+    with begun.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(400_000)  # of which nothing is written yet
+        for number in (0, 1, 2, 3):
+            open_shard(cache, storage, number)
+        file.write(bytes(400_000))
 
 
 def test_a_mapped_entry_whose_file_is_removed_is_still_read(storage: Storage, tmp_path: Path) -> None:
