@@ -249,16 +249,34 @@ def open_cache(config: LoaderConfig, *, urls: Sequence[str]) -> ShardCache | Non
     return ShardCache(directory, max_bytes=int(config.max_cache_gb * GB))
 
 
-def check_room(shard_sets: Sequence[ShardSet], *, cache: ShardCache | None) -> None:
+def check_room(
+    shard_sets: Sequence[ShardSet], *, cache: ShardCache | None, config: LoaderConfig, global_batch_size: int
+) -> None:
     """See that the cache has room for all that these sets keep open, so that no rank waits for another's shards.
+
+    Args:
+        shard_sets: those that are read side by side.
+        cache: theirs.
+        config: of their loader.
+        global_batch_size: samples per step over all ranks.
 
     Raises:
         ArtifactError: it has not.
     """
-    needed = sum(shard_set.most_cached_bytes for shard_set in shard_sets)
-    if cache is not None and needed > cache.max_bytes:
+    if cache is None:
+        return
+    # No rank begins a step before the others, but each reads ahead.
+    samples_apart = (1 + config.read_ahead_batches) * global_batch_size
+    needed = sum(shard_set.most_cached_bytes(samples_apart=samples_apart) for shard_set in shard_sets)
+    if needed > cache.max_bytes:
         raise ArtifactError(
             f"open shard cache {cache.directory}: data.max_cache_gb must be at least {needed / GB:.3g}, for the "
             f"largest shards that may be open together, got {cache.max_bytes / GB:.3g}; raise it or lower "
+            f"data.shuffle_window_shards"
+        )
+    if needed > (disk_bytes := cache.disk_bytes()):
+        raise ArtifactError(
+            f"open shard cache {cache.directory}: its disk must have room for {needed / GB:.3g} GB, the largest shards "
+            f"that may be open together, got {disk_bytes / GB:.3g}; free some space, set data.cache_dir or lower "
             f"data.shuffle_window_shards"
         )

@@ -123,13 +123,18 @@ class ShardSet:
         """T, the codes of every view."""
         return int(self.manifest.codes_per_image)
 
-    @property
-    def most_cached_bytes(self) -> int:
-        """What the shards that are open, and those of one more window, take at most in the cache; 0 without one."""
+    def most_cached_bytes(self, *, samples_apart: int) -> int:
+        """Return what the shards that the ranks of a machine hold open take at most in the cache; 0 without one.
+
+        Args:
+            samples_apart: the most that lie between two ranks' places in the set's order. All shards between them may
+                be open, beside the windows that one rank keeps open and one window more.
+        """
         if self._cache is None:
             return 0
+        num_between = int(np.searchsorted(np.cumsum(np.sort(self.samples_per_shard)), samples_apart, side="right"))
         sizes = sorted((shard.bytes + 8 * (shard.num_samples + 1) for shard in self.manifest.shards), reverse=True)
-        return sum(sizes[: (WINDOWS_OPEN + 1) * self._window_shards])
+        return sum(sizes[: (WINDOWS_OPEN + 1) * self._window_shards + num_between])
 
     def samples_of_shard_with(self, sample_index: int) -> range:
         """Return the indices of all samples that the shard of a sample holds."""

@@ -22,15 +22,16 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     """
     _allow_open_files()
     held_out_urls = [] if config.validation is None else [config.validation.shards]
+    batch_size = config.engine.global_batch_size
     cache = open_cache(config.data, urls=[*(part.shards for part in config.data.parts), *held_out_urls])
     shard_sets = open_parts(config.data, s3=config.s3, cache=cache)
     for shard_set in shard_sets:
         _check_fits_model(shard_set, config=config)
     if config.validation is None:
-        check_room(shard_sets, cache=cache)
+        check_room(shard_sets, cache=cache, config=config.data, global_batch_size=batch_size)
         return shard_sets, None
     held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
-    check_room([*shard_sets, held_out], cache=cache)
+    check_room([*shard_sets, held_out], cache=cache, config=config.data, global_batch_size=batch_size)
     return shard_sets, held_out
 
 

@@ -1,5 +1,10 @@
 """Batches of a shard set on S3 are those of the same set on a disk, while half of the exchanges break too."""
 
+import os
+import re
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +13,7 @@ from s3_faults import FaultPlan, fault_proxy
 from s3_server import S3Server
 from synthetic_shards import train_config, write_shard_set
 
+from pipeline import shard_cache
 from pipeline.config import LoaderConfig, S3Config
 from pipeline.loader import Batch, Loader, check_room, open_cache, open_parts
 from pipeline.s3 import requests
@@ -89,8 +95,56 @@ def test_a_cache_smaller_than_its_windows_is_refused_with_the_size_it_must_have(
     config = LoaderConfig(shards=s3_url, shuffle_window_shards=2, cache_dir=str(tmp_path / "cache"), max_cache_gb=1e-4)
     cache = open_cache(config, urls=[s3_url])
     sizes = sorted(tar.stat().st_size + Path(f"{tar}.idx").stat().st_size for tar in (local / "shards").glob("*.tar"))
-    with pytest.raises(ArtifactError, match=rf"max_cache_gb must be at least {sum(sizes[-8:]) / 1e9:.3g}, "):
-        check_room(open_parts(config, s3=S3Config(), cache=cache), cache=cache)
+    # Four windows of 2 shards, and the shard of 7 samples that 3 batches of 4 may hold whole; another has 9.
+    with pytest.raises(ArtifactError, match=rf"max_cache_gb must be at least {sum(sizes[-9:]) / 1e9:.3g}, "):
+        check_room(open_parts(config, s3=S3Config(), cache=cache), cache=cache, config=config, global_batch_size=4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_smaller_than_the_windows_is_refused_with_the_room_it_must_have(
+    local: Path, s3_url: str, tmp_path: Path
+) -> None:
+    config = LoaderConfig(shards=s3_url, cache_dir=str(tmp_path / "disk"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], check=True)
+    try:
+        cache = open_cache(config, urls=[s3_url])
+        (disk / ("0" * 64 + ".shard")).write_bytes(bytes(100_000))  # another set's, that may go
+        total = sum(tar.stat().st_size + Path(f"{tar}.idx").stat().st_size for tar in (local / "shards").glob("*.tar"))
+        said = (
+            rf"open shard cache {disk}: its disk must have room for {total / 1e9:.3g} GB, .* got 0\.000307; free some"
+        )
+        with pytest.raises(ArtifactError, match=said):
+            check_room(open_parts(config, s3=S3Config(), cache=cache), cache=cache, config=config, global_batch_size=4)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_cache_as_large_as_asked_for_serves_ranks_whose_batch_spans_many_windows(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "ROOM_WAIT_S", 10.0)
+    upload(write_shard_set(tmp_path / "set", samples_per_shard=(10,) * 60), s3_url)
+    small = LoaderConfig(shards=s3_url, shuffle_window_shards=1, cache_dir=str(tmp_path / "cache"), max_cache_gb=1e-9)
+    cache = open_cache(small, urls=[s3_url])
+    with pytest.raises(ArtifactError, match="max_cache_gb must be at least") as refusal:
+        check_room(open_parts(small, s3=S3Config(), cache=cache), cache=cache, config=small, global_batch_size=96)
+    asked = re.search(r"at least ([\d.e-]+)", str(refusal.value))
+    assert asked is not None
+    config = small.model_copy(update={"max_cache_gb": float(asked[1]) * 1.001})  # which is rounded to three digits
+    together = threading.Barrier(4)
+
+    def read(rank: int) -> int:
+        shard_sets = open_parts(config, s3=S3Config(), cache=open_cache(config, urls=[s3_url]))
+        with Loader(shard_sets, config=config, global_batch_size=96, rank=rank, world_size=4) as loader:
+            for position in range(0, 960, 96):
+                loader.batch(position)
+                together.wait(60)
+        return rank
+
+    with ThreadPoolExecutor(4) as ranks:
+        assert list(ranks.map(read, range(4))) == [0, 1, 2, 3]
 
 
 def test_a_shard_that_is_gone_ends_the_run_with_its_name(local: Path, s3_url: str, tmp_path: Path) -> None:
