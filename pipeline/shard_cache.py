@@ -52,7 +52,6 @@ class ShardCache:
         """
         self.directory, self.max_bytes = directory, max_bytes
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self._locked():
                 pass
         except OSError as error:
@@ -130,17 +129,22 @@ class ShardCache:
         return descriptor
 
     def _fill(self, staged: int, path: Path, *, storage: Storage, name: str, info: ShardInfo) -> int:
-        """Download into a claimed file and commit it; its descriptor is returned under a shared lock."""
-        began = time.monotonic()
+        """Download into a claimed file and commit it; its descriptor is returned under a shared lock.
+
+        A file that was cleaned away meanwhile is only returned: at its name may be one that another process fills.
+        """
+        began, staged_path = time.monotonic(), path.with_suffix(_STAGED)
         try:
             _download(storage, name, info=info, descriptor=staged)
             os.fsync(staged)
             with self._locked():
-                path.with_suffix(_STAGED).rename(path)
+                if _is_at(staged_path, staged):
+                    staged_path.rename(path)
                 fcntl.flock(staged, fcntl.LOCK_SH)
         except BaseException:
             with self._locked():  # so that nobody claims the file between its removal and the end of its lock
-                path.with_suffix(_STAGED).unlink(missing_ok=True)
+                if _is_at(staged_path, staged):
+                    staged_path.unlink()
                 os.close(staged)
             raise
         logger.debug("downloaded shard=%s seconds=%.2f", storage.url_of(name), time.monotonic() - began)
@@ -165,13 +169,21 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the directory's lock: names change only under it, and it is never held over a download."""
-        descriptor = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        """Hold the directory's lock: names change only under it, and it is never held over a download.
+
+        Whatever cleans TMPDIR may remove directory and lock at any time; they are made again.
+        """
+        path = self.directory / ".lock"
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if _is_at(path, descriptor):
+                    yield
+                    return
+            finally:
+                os.close(descriptor)
 
 
 def default_directory() -> Path:
@@ -211,6 +223,14 @@ def _found_in(directory: Path) -> Iterator[_Found]:
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 yield _Found(status.st_mtime_ns, status.st_size, 512 * status.st_blocks, path)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int) -> bool:

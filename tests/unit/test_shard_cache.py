@@ -5,10 +5,12 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,38 @@ def test_a_mapped_entry_whose_file_is_removed_is_still_read(storage: Storage, tm
     reader = open_shard(cache, storage, 0)
     (cache.directory / entry_of(storage, 0)).unlink()
     assert is_right(reader, 0)
+
+
+def test_a_directory_that_was_cleaned_away_is_made_again(storage: Storage, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "tmp" / "cache", max_bytes=10**9)
+    first = open_shard(cache, storage, 0)
+    shutil.rmtree(tmp_path / "tmp")
+    assert is_right(open_shard(cache, storage, 1), 1)
+    assert is_right(first, 0)
+    assert entries(cache) == {entry_of(storage, 1)}
+
+
+@pytest.mark.parametrize("is_begun_again", [False, True])
+def test_a_download_that_was_cleaned_away_is_read_and_commits_no_other(
+    storage: Storage, tmp_path: Path, is_begun_again: bool
+) -> None:
+    path = tmp_path / "set" / "shards" / "00000.tar"
+    whole = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    staged = cache.directory / entry_of(storage, 0).replace(".shard", ".staged")
+    with ThreadPoolExecutor(1) as thread:
+        opening = thread.submit(open_shard, cache, storage, 0)
+        with path.open("wb", buffering=0) as pipe:
+            pipe.write(whole[:60_000])
+            shutil.rmtree(cache.directory)
+            if is_begun_again:
+                cache.directory.mkdir()
+                staged.write_bytes(b"of another process")
+            pipe.write(whole[60_000:])
+        assert is_right(opening.result(), 0)
+    assert entries(cache) == ({staged.name} if is_begun_again else set())
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer"])
