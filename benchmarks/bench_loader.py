@@ -69,7 +69,7 @@ def write_large_set(run_dir: Path, *, num_shards: int) -> Path:
     first = write_shard(run_dir, 0, num_samples=1000)
     infos = [first]
     for shard in range(1, num_shards):
-        name = f"{shard:06d}.tar"
+        name = f"000000.{shard:06d}.tar"  # what stands before the first dot begins the keys
         for extension in ("", ".idx"):
             (run_dir / "shards" / f"{name}{extension}").symlink_to(f"{first.name}{extension}")
         infos.append(ShardInfo(name=name, num_samples=1000, bytes=first.bytes, sha256=first.sha256))

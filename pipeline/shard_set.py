@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import S3Config
-from pipeline.ledger import Manifest, read_manifest
+from pipeline.ledger import Manifest, read_manifest, stem_of
 from pipeline.open_shards import OpenShards
 from pipeline.philox import Int64Array
 from pipeline.sample_blocks import Decoded, SampleBlocks
 from pipeline.sample_labels import NO_LABEL
 from pipeline.shard_cache import ShardCache
-from pipeline.shards import ShardReader, open_shard
+from pipeline.shards import ShardInfo, ShardReader, open_shard
 from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage
 from pipeline.ustar import TAR_BLOCK_BYTES
 from tokenization.fingerprint import Fingerprint
@@ -246,13 +246,25 @@ class ShardSet:
     def _open_reader(self, shard: int) -> ShardReader:
         info = self.manifest.shards[shard]
         name = f"shards/{info.name}"
-        if self._cache is None:
-            reader = open_shard(self._storage, name)
-        else:
-            reader = self._cache.open(self._storage, name, info=info)
-        if reader.num_samples != info.num_samples:
+        if self._cache is not None:
+            return self._cache.open(self._storage, name, info=info)  # which holds its sha256 against the manifest
+        reader = open_shard(self._storage, name)
+        if (problem := _problem(reader, info=info)) is not None:
             raise ArtifactError(
-                f"open shard {reader.where}: it must hold the manifest's {info.num_samples} samples, got "
-                f"{reader.num_samples}; remove it and rerun the tokenize job to rewrite it"
+                f"open shard {reader.where}: {problem}; remove it and rerun the tokenize job to rewrite it"
             )
         return reader
+
+
+def _problem(reader: ShardReader, *, info: ShardInfo) -> str | None:
+    """Return what shows at once that a shard is not the manifest's, or None; `tensorar verify` reads all of it."""
+    if reader.num_bytes != info.bytes:
+        return f"it must have the manifest's {info.bytes} bytes, got {reader.num_bytes}"
+    if reader.num_samples != info.num_samples:
+        return f"it must hold the manifest's {info.num_samples} samples, got {reader.num_samples}"
+    try:
+        key = reader.sample(0).key
+    except ArtifactError:
+        return None  # a damaged sample is for whoever reads it, who may take another
+    stem = stem_of(info.name)
+    return None if key.startswith(stem) else f"its keys must begin {stem}, got {key}"

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ class ShardWriter:
         self._flush()
         self._file.close()
         return WrittenShard(
-            index=_index(self._offsets),
+            index=np.array(self._offsets, dtype="<u8").tobytes(),
             num_samples=len(self._offsets) - 1,
             num_bytes=self._num_flushed,
             sha256=self._digest.hexdigest(),
@@ -198,11 +197,7 @@ def index_of(tar: Buffer) -> bytes:
     while size := _SIZE.match(data, end + SIZE_FIELD.start):  # the zeros that end a tar are no size
         offsets.append(end)
         end += member_span(int(size.group(), 8))
-    return _index([*offsets[::2], end])
-
-
-def _index(offsets: list[int]) -> bytes:
-    return struct.pack(f"<{len(offsets)}Q", *offsets)
+    return np.array([*offsets[::2], end], dtype="<u8").tobytes()
 
 
 class ShardReader:
@@ -237,6 +232,11 @@ class ShardReader:
     def num_samples(self) -> int:
         """Samples in the shard."""
         return len(self._offsets) - 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tar."""
+        return len(self._data)
 
     @property
     def byte_offsets(self) -> npt.NDArray[np.int64]:

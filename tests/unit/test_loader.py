@@ -144,6 +144,39 @@ def test_a_shard_without_a_whole_sample_ends_the_run(tmp_path: Path) -> None:
         replacing_loader(shards).batch(0)
 
 
+def swap(first: Path, second: Path) -> None:
+    for one, other in ((first, second), (first.with_name(f"{first.name}.idx"), second.with_name(f"{second.name}.idx"))):
+        content = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+
+
+def test_a_shard_of_another_size_than_the_manifests_is_refused(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5)) / "shards"
+    others = write_shard_set(tmp_path / "others", samples_per_shard=(7, 5), num_views=99) / "shards"
+    swap(shards / "00000.tar", others / "00000.tar")
+    said = r"open shard .*/00000\.tar: it must have the manifest's 20480 bytes, got 40960; remove it and rerun"
+    with pytest.raises(ArtifactError, match=said):
+        loaders(tmp_path / "set", world_size=1)[0].batch(0)
+
+
+def test_a_shard_of_another_unit_is_refused(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(5, 7, 7)) / "shards"
+    swap(shards / "00001.tar", shards / "00002.tar")
+    with pytest.raises(
+        ArtifactError, match=r"open shard .*: its keys must begin 0000[12], got 0000[12]0000; remove it"
+    ):
+        loaders(tmp_path / "set", world_size=1)[0].batch(0)
+
+
+def test_a_shard_whose_first_sample_is_damaged_is_open_to_the_others(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(9,))
+    tar = shards / "shards" / "00000.tar"
+    tar.write_bytes(b"x" + tar.read_bytes()[1:])
+    batch = replacing_loader(shards).batch(0)
+    assert set(batch.sample_indices_B.tolist()) == set(range(1, 9))
+
+
 def test_samples_are_named_by_shard_and_key(tmp_path: Path) -> None:
     shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9))
     loader = loaders(shards, world_size=2)[1]

@@ -142,7 +142,7 @@ def test_label_must_be_a_whole_number(tmp_path: Path, label: object, is_right: b
     (tmp_path / "set" / "shards").mkdir(parents=True)
     path = tmp_path / "set" / "shards" / "00000.tar"
     with ShardWriter(path, codebook_size=16) as writer:
-        writer.add(ShardSample(key="0", codes_VT=np.zeros((1, 16), dtype=np.uint16), metadata={"label": label}))
+        writer.add(ShardSample(key="000000", codes_VT=np.zeros((1, 16), dtype=np.uint16), metadata={"label": label}))
         written = writer.close()
     path.with_name(f"{path.name}.idx").write_bytes(written.index)
     write_manifest_of(tmp_path / "set", [written.info(path.name)], num_views=1, codes_per_side=4, codebook_size=16)
