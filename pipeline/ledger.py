@@ -6,6 +6,8 @@ a record and no shard. The manifest comes last, holds no times, and so has the s
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Literal, TypeVar
@@ -224,8 +226,17 @@ def _parse(storage: Storage, name: str, data: bytes, model: type[_File]) -> _Fil
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise ArtifactError(
-            f"read {storage.url_of(name)}: {where}: {first['msg'].lower()}; remove it and rerun the tokenize job"
-        ) from error
+        raise ArtifactError(f"read {storage.url_of(name)}: {_problem(data, error)}") from error
+
+
+def _problem(data: bytes, error: ValidationError) -> str:
+    """Return what is wrong with a file and what to do; one of a newer version may be whole."""
+    update = "update tensorar, a newer one wrote it"
+    with contextlib.suppress(ValueError):
+        value = json.loads(data)
+        if isinstance(value, dict) and isinstance(version := value.get("version"), int) and version > 1:
+            return f"version must be 1, got {version}; {update}"
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "file"
+    is_unknown = all(problem["type"] == "extra_forbidden" for problem in error.errors())
+    return f"{where}: {first['msg'].lower()}; {update if is_unknown else 'remove it and rerun the tokenize job'}"

@@ -126,6 +126,28 @@ def test_verify_finds(root: Path, damage: Callable[[Path], object], expected: st
     assert all("\n" not in problem for problem in problems)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "ledger/00000.json"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version must be 1, got 2; update tensorar, a newer one wrote it"),
+        ({"version": 3, "counts": []}, "version must be 1, got 3; update tensorar, a newer one wrote it"),
+        ({"hue": 1}, "hue: extra inputs are not permitted; update tensorar, a newer one wrote it"),
+        ({"version": "1"}, "version: input should be 1; remove it and rerun the tokenize job"),
+        ({"fingerprint": 1, "counts": 1}, "; remove it and rerun the tokenize job"),
+    ],
+)
+def test_a_file_of_a_newer_version_is_not_to_be_removed(
+    root: Path, name: str, change: dict[str, Any], said: str
+) -> None:
+    edit_json(root / "set" / name, lambda value: value.update(change))
+    storage = open_storage(str(root / "set"))
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(storage) if name == "manifest.json" else read_record(storage, "00000")
+    assert str(caught.value).startswith(f"read {root}/set/{name}: ")
+    assert str(caught.value).endswith(said)
+
+
 def finished_units(root: Path) -> list[int]:
     config = config_of(root)
     source = make_source(config.source, s3=config.s3)
