@@ -11,10 +11,12 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
+from pipeline.read_ahead import CLOSE_WAIT_S
 from pipeline.shards import ShardReader
 
 NUM_THREADS = 4
@@ -82,7 +84,7 @@ class OpenShards:
         return opening.reader.result()
 
     def close(self) -> None:
-        """Close all shards and end the threads; a shard asked for later is opened again."""
+        """Close all shards and end the threads, and wait a moment for them; a shard asked for later is opened again."""
         with self._lock:
             for opening in self._openings.values():
                 opening.take()
@@ -90,8 +92,9 @@ class OpenShards:
             threads, self._threads = self._threads, []
         for _ in threads:
             self._waiting.put(None)
+        deadline = time.monotonic() + CLOSE_WAIT_S
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _open_waiting(self) -> None:
         while (opening := self._waiting.get()) is not None:

@@ -117,3 +117,16 @@ def test_closing_ends_the_threads_and_may_be_followed_by_reading(shelf: Shelf) -
     shards.expect([2, 3])
     shards.close()
     assert threading.active_count() == before
+
+
+def test_closing_waits_for_no_shard_that_opens_slowly(shelf: Shelf) -> None:
+    shelf.may_open.clear()
+    shards = OpenShards(shelf.open, max_open=20)
+    shards.expect(range(5))
+    wait_until_opened(shelf, NUM_THREADS)
+    began = time.monotonic()
+    shards.close()
+    assert time.monotonic() - began < 2
+    shelf.may_open.set()
+    assert shards.reader(2).where == "2"
+    shards.close()

@@ -1,5 +1,7 @@
 """Results are read ahead in one thread, by guessing the next positions; wrong guesses cost nothing but their start."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -79,3 +81,23 @@ def test_closing_ends_the_thread() -> None:
     ahead.take(0)
     ahead.close()
     assert threading.active_count() == before
+
+
+def test_closing_waits_for_no_slow_read_and_neither_does_the_process() -> None:
+    code = (
+        "import threading, time\n"
+        "from pipeline.read_ahead import ReadAhead\n"
+        "is_at_it = threading.Event()\n"
+        "def read(page):\n"
+        "    if page:\n"
+        "        is_at_it.set()\n"
+        "        time.sleep(30)\n"
+        "ahead = ReadAhead(read, step=1, depth=2)\n"
+        "ahead.take(0)\n"
+        "is_at_it.wait()\n"
+        "began = time.monotonic()\n"
+        "ahead.close()\n"
+        "print(time.monotonic() - began)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=25)
+    assert float(done.stdout) < 2
