@@ -113,13 +113,11 @@ class SampleStream:
     def draw(self, positions: Int64Array) -> DrawnSamples:
         """Return the samples at positions of the stream, each at least 0."""
         epochs, in_epoch = np.divmod(positions, self._num_samples)
-        indices, views = np.empty_like(positions), np.empty_like(positions)
+        indices = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
             indices[chosen] = self._order(epoch).sample_indices(in_epoch[chosen])
-            views[chosen] = draw_views(
-                indices[chosen], num_views=self._num_views, seed=self._seed, epoch=epoch, part=self._part
-            )
+        views = draw_views(indices, num_views=self._num_views, seed=self._seed, epoch=epochs, part=self._part)
         return DrawnSamples(indices_N=indices, views_N=views, epochs_N=epochs)
 
     def place(self, position: int) -> Place:
@@ -161,12 +159,17 @@ def rank_slice(*, global_batch_size: int, rank: int, world_size: int) -> slice:
     return slice(rank * size, (rank + 1) * size)
 
 
-def draw_views(sample_indices: Int64Array, *, num_views: int, seed: int, epoch: int, part: int = 0) -> Int64Array:
-    """Return the view of each sample in this epoch, in [0, num_views): a draw of (seed, part, epoch, sample)."""
+def draw_views(
+    sample_indices: Int64Array, *, num_views: int, seed: int, epoch: int | Int64Array, part: int = 0
+) -> Int64Array:
+    """Return the view of each sample in an epoch, or in one of its own, in [0, num_views).
+
+    It is a draw of (seed, part, epoch, sample).
+    """
     if num_views == 1:
         return np.zeros_like(sample_indices)
     words = random_words(
-        seed=seed, purpose=Purpose.VIEW, stream=_stream(part=part, epoch=epoch), counters=sample_indices
+        seed=seed, purpose=Purpose.VIEW, stream=_stream(part=part, epoch=0) | epoch, counters=sample_indices
     )
     return _below(num_views, words)
 

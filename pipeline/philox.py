@@ -57,13 +57,13 @@ def philox4x32(counters: npt.NDArray[np.integer], *, key: tuple[int, int]) -> UI
     return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
 
 
-def random_words(*, seed: int, purpose: Purpose, stream: int, counters: Int64Array) -> UInt64Array:
+def random_words(*, seed: int, purpose: Purpose, stream: int | Int64Array, counters: Int64Array) -> UInt64Array:
     """Return one random 64-bit word per counter.
 
     Args:
         seed: in [0, 2^56); bits 0..31 are the first key word, the rest stands above the purpose in the second.
         purpose: bits 0..7 of the second key word.
-        stream: in [0, 2^64), e.g. the epoch; the upper two counter words.
+        stream: in [0, 2^64), e.g. the epoch, or one of each counter; the upper two counter words.
         counters: `(N,)` in [0, 2^63); the lower two counter words.
 
     Returns:
@@ -87,6 +87,8 @@ def permutation(count: int, *, seed: int, purpose: Purpose, stream: int, first_c
         stream: see `random_words`.
         first_counter: counter of position 0; disjoint ranges give independent orders.
     """
+    if count == 1:  # small sets have many epochs in a batch, and each its orders
+        return np.zeros(1, dtype=np.int64)
     counters = np.arange(first_counter, first_counter + count, dtype=np.int64)
     words = random_words(seed=seed, purpose=purpose, stream=stream, counters=counters)
     return np.argsort(words, kind="stable").astype(np.int64)

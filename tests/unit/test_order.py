@@ -50,7 +50,7 @@ def test_any_positions_may_be_asked_for_in_any_order() -> None:
 
 def word_by_hand(counter: int, *, key: tuple[int, int], stream: int) -> int:
     """Philox4x32-10 on Python's integers; the low 64 bits of the result."""
-    c0, c1, c2, c3 = counter & 0xFFFFFFFF, counter >> 32, stream, 0
+    c0, c1, c2, c3 = counter & 0xFFFFFFFF, counter >> 32, stream & 0xFFFFFFFF, stream >> 32
     k0, k1 = key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -103,6 +103,16 @@ def test_a_stream_is_one_epoch_after_the_other(samples_per_shard: tuple[int, ...
         drawn = stream_of(samples_per_shard).draw(np.arange(start, min(start + 1 + start % 9, 3 * size)))
         assert drawn.indices_N.tolist() == expected[start : start + len(drawn.indices_N)]
         assert drawn.epochs_N.tolist() == [p // size for p in range(start, start + len(drawn.indices_N))]
+
+
+@pytest.mark.parametrize("part", [0, 3])
+def test_each_sample_of_a_stream_has_the_view_of_its_epoch(part: int) -> None:
+    drawn = stream_of((2, 1), part=part, num_views=10).draw(np.arange(4, 30))
+    words = [
+        word_by_hand(index, key=(5, 0x12), stream=part << 40 | position // 3)
+        for position, index in enumerate(drawn.indices_N.tolist(), start=4)
+    ]
+    assert drawn.views_N.tolist() == [(word >> 32) * 10 >> 32 for word in words]
 
 
 def test_parts_of_a_mixture_have_orders_of_their_own() -> None:
