@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenization.config import TokenizerConfig
+from tokenization.config import NETWORKS, TokenizerConfig
 from tokenization.fingerprint import Fingerprint
 from tokenization.pixels import to_network_range, to_pixels
 from tokenization.vq import VQNetwork
@@ -53,7 +53,8 @@ class Tokenizer:
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        weights = read_weights(resolve_weights(config.weights), network=config.network)
+        network_config = None if config.network is None else NETWORKS[config.network]
+        weights = read_weights(resolve_weights(config.weights), network=network_config)
         patch_px = weights.network.patch_px
         if config.image_size_px % patch_px:
             below = config.image_size_px // patch_px * patch_px

@@ -1,7 +1,7 @@
-"""Tokenizer weights on disk: ours (safetensors with the network's shape inside) and LlamaGen's `.pt` (key `model`).
+"""Tokenizer weights on disk: ours (safetensors with the network's shape inside) and LlamaGen's `.pt`.
 
-Nothing is unpickled (`weights_only=True`) and nothing is loaded in part: a missing, unexpected or misshapen weight
-is an error that names it. Values are widened to float32 on loading, and their hash is taken then, so it does not depend
+Nothing is loaded in part: a missing, unexpected or misshapen weight, or one that is not finite, is an error that names
+it. Values are widened to float32 on loading, and their hash is taken then, so it does not depend
 on the file format; ours carry it in their metadata and are checked against it.
 """
 
@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from tokenization.config import NETWORKS, VQConfig
+from tokenization.foreign_weights import mistaken_for, read_foreign_weights, weights_in
 from tokenization.vq import VQNetwork
 
 SHIPPED_DIR = Path(__file__).parent / "weights"
@@ -29,6 +30,16 @@ FORMAT_KEY = "tensorar-tokenizer"
 FORMAT_VERSION = 1
 HISTORY_KEY = "quantize.codebook_used"
 """LlamaGen's record of recently used codes: in its files, absent from ours, no part of what the network computes."""
+
+
+class Header(BaseModel):
+    """What every one of our files says about itself; there may be more."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    format_version: Literal[1]
+    network: VQConfig
+    weights_sha256: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def resolve_weights(name: str) -> Path:
         FileNotFoundError: it is neither.
     """
     shipped = SHIPPED_DIR / f"{name}.safetensors"
-    path = shipped if name in shipped_names() else Path(name)
+    path = shipped if name in shipped_names() else Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"loading tokenizer {name}: weights must be a file or a shipped name ({', '.join(shipped_names())}), "
@@ -108,12 +119,13 @@ def write_weights(path: Path, *, network: VQConfig, state: dict[str, Tensor], me
         os.close(directory)
 
 
-def read_weights(path: Path, *, network: str | None = None) -> TokenizerWeights:
-    """Return the weights of a file, checked to be whole and to fit their network.
+def read_weights(path: Path, *, network: VQConfig | None = None) -> TokenizerWeights:
+    """Return the weights of a file, checked to be whole, finite and to fit their network.
 
     Args:
-        path: ours (`.safetensors`), or LlamaGen's (`.pt`, weights under the key `model`).
-        network: `vq16` or `vq8`, the shape of a file that does not carry its own.
+        path: ours (`.safetensors`), or LlamaGen's (`.pt`, as it publishes them and as its training writes them; of the
+            weights and their average those that its own code extraction takes, under the key `model`).
+        network: the shape; required for a file that does not carry its own.
 
     Raises:
         ValueError: the file is damaged, of another kind, or does not fit the network.
@@ -121,8 +133,15 @@ def read_weights(path: Path, *, network: str | None = None) -> TokenizerWeights:
     if path.suffix == ".safetensors":
         weights = _read_safetensors(path, network=network)
     else:
-        weights = _read_pickled(path, network=network)
+        state = read_foreign_weights(path, ignored={HISTORY_KEY})
+        weights = TokenizerWeights(_required(path, network), _widened(state), {})
     _check_fits(path, weights)
+    broken = not_finite(weights.state)
+    if broken:
+        raise ValueError(
+            f"loading tokenizer {path}: every weight must be finite, got NaN or infinity in {len(broken)} tensors, "
+            f"{broken[0]} first; use other weights"
+        )
     recorded = weights.metadata.get("weights_sha256")
     if recorded is not None and weights.sha256 != recorded:
         raise ValueError(
@@ -132,70 +151,52 @@ def read_weights(path: Path, *, network: str | None = None) -> TokenizerWeights:
     return weights
 
 
-def _read_safetensors(path: Path, *, network: str | None) -> TokenizerWeights:
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Return the names of the weights that hold a NaN or an infinity, which would give every image the same codes."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
+
+
+def _read_safetensors(path: Path, *, network: VQConfig | None) -> TokenizerWeights:
     try:
         with safe_open(path, framework="pt") as file:
             description = (file.metadata() or {}).get(FORMAT_KEY)
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(
-            f"loading tokenizer {path}: the file must be whole safetensors, got {error}; get it again"
+            f"loading tokenizer {path}: the file must be whole safetensors, got "
+            f"{mistaken_for(path) or f'{error}; get it again'}"
         ) from error
+    state = _widened(weights_in(tensors, name=str(path), ignored={HISTORY_KEY}))
     if description is None:
-        return TokenizerWeights(_named_network(path, network), _without_history(state), {})
-    metadata = json.loads(description)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        version = metadata.get("format_version")
-        raise ValueError(
-            f"loading tokenizer {path}: format_version must be {FORMAT_VERSION}, got {version!r}; "
-            "use the tensorar that wrote the file"
-        )
-    shape = VQConfig.model_validate(metadata["network"])
-    if network is not None and NETWORKS[network] != shape:
-        raise ValueError(
-            f"loading tokenizer {path}: the file carries its own network, got another one, {network!r}; "
-            "leave network out"
-        )
-    return TokenizerWeights(shape, _without_history(state), metadata)
-
-
-def _read_pickled(path: Path, *, network: str | None) -> TokenizerWeights:
+        return TokenizerWeights(_required(path, network), state, {})
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        header = Header.model_validate_json(description)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
         raise ValueError(
-            f"loading tokenizer {path}: the file must hold nothing but tensors and plain values, got "
-            f"{unreadable_reason(error)!r}; "
-            "use LlamaGen's vq_ds16_c2i.pt or a safetensors file"
+            f"loading tokenizer {path}: metadata {FORMAT_KEY!r} must be a version {FORMAT_VERSION} header, got "
+            f"{reason}; use the tensorar that wrote the file, or get it again"
         ) from error
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+    if network not in (None, header.network):
         raise ValueError(
-            f"loading tokenizer {path}: the weights must lie under the key 'model', got {found!r}; "
-            "use a file as LlamaGen publishes it"
+            f"loading tokenizer {path}: its network must be the spec's, {network!r}, got its own, {header.network!r}; "
+            "leave tokenizer.network out, or set network of a fit to that of the file"
         )
-    state = {name: value.float() for name, value in state.items()}
-    return TokenizerWeights(_named_network(path, network), _without_history(state), {})
+    return TokenizerWeights(header.network, state, json.loads(description))
 
 
-def unreadable_reason(error: Exception) -> str:
-    """Return why torch could not load a file, in one line without its advice to unpickle whatever is in there."""
-    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-    return text.strip().split("\n")[0].partition(". ")[0][:200]
-
-
-def _named_network(path: Path, network: str | None) -> VQConfig:
+def _required(path: Path, network: VQConfig | None) -> VQConfig:
     if network is None:
         raise ValueError(
             f"loading tokenizer {path}: network is required for a file that does not carry its own, got none; "
             f"set tokenizer.network to one of {', '.join(NETWORKS)}"
         )
-    return NETWORKS[network]
+    return network
 
 
-def _without_history(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name != HISTORY_KEY}
+def _widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in state.items()}
 
 
 def _check_fits(path: Path, weights: TokenizerWeights) -> None:

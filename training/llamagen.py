@@ -1,14 +1,10 @@
-"""LlamaGen's own checkpoints: its three layouts in, its DDP layout out.
+"""LlamaGen's own checkpoints of models: its three layouts in, its DDP layout out.
 
-Nothing is unpickled but tensors and plain values. The keys are LlamaGen's, so what `save_base_weights` writes goes into
-LlamaGen's own `load_state_dict` as it is.
+The keys are LlamaGen's, so what `save_base_weights` writes goes into LlamaGen's own `load_state_dict` as it is.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +14,14 @@ from torch import Tensor
 
 from pipeline.config import S3Config
 from pipeline.storage import ArtifactError, open_storage, split_url
-from tokenization.weights_file import unreadable_reason
+from tokenization.foreign_weights import read_foreign_weights, weights_in
 
-LAYOUTS = ("model", "module", "state_dict")
-"""Where LlamaGen's checkpoints keep the weights, in the order its samplers look; a file with none of them is raw."""
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before every key."""
 TOLERATED_KEYS = frozenset({"freqs_cis"})
 """In some old checkpoints; a table that we compute."""
 BASE = "base."
 """What we put before LlamaGen's keys in a `TensorAR`."""
+TEXT_KEYS = ("cls_embedding.cap_proj.", "cls_embedding.uncond_embedding")
+"""How the keys begin that LlamaGen's text-conditional models have where ours embed a class."""
 NUM_KEYS_SHOWN = 4
 
 
@@ -41,35 +35,21 @@ def load_base_weights(source: str | Path | Mapping[str, Any]) -> dict[str, Tenso
     Raises:
         ArtifactError: the file cannot be read safely, or holds no weights.
     """
-    loaded = source if isinstance(source, Mapping) else _read_pickle(Path(source))
     name = "a dict" if isinstance(source, Mapping) else str(source)
-    state: Any = next((loaded[layout] for layout in LAYOUTS if isinstance(loaded.get(layout), Mapping)), loaded)
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if key not in TOLERATED_KEYS}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ArtifactError(
-            f"load weights {name}: it must hold tensors, itself or under {', '.join(LAYOUTS)}, got keys "
-            f"{some(sorted(map(str, loaded)))}; use a LlamaGen checkpoint"
-        )
-    return dict(state)
-
-
-def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # LlamaGen stores its command line
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if isinstance(source, Mapping):
+            state = weights_in(source, name=name, ignored=TOLERATED_KEYS)
+        else:
+            state = read_foreign_weights(Path(source), ignored=TOLERATED_KEYS)
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
+    text = [key for key in state if key.startswith(TEXT_KEYS)]
+    if text:
         raise ArtifactError(
-            f"load weights {path}: it must be a torch checkpoint of tensors and plain values, got "
-            f"{type(error).__name__}: {unreadable_reason(error)}; use the original file"
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ArtifactError(
-            f"load weights {path}: it must hold a dict, got {type(loaded).__name__}; use a LlamaGen checkpoint"
+            f"load weights {name}: the model must be class-conditional, got a text-conditional one (it has {text[0]}); "
+            "use one of LlamaGen's c2i checkpoints"
         )
-    return loaded
+    return state
 
 
 def save_base_weights(

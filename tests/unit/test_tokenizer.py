@@ -139,16 +139,15 @@ def test_digest_is_the_hash_of_the_canonical_json() -> None:
     assert fingerprint.digest == hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def test_llamagens_file_gives_the_same_weights_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NETWORKS, "tiny", TINY)
+def test_llamagens_file_gives_the_same_weights_as_ours(tmp_path: Path) -> None:
     path = tmp_path / "vq_ds2.pt"
     torch.save({"model": tiny_state()}, path)
-    weights = read_weights(path, network="tiny")
+    weights = read_weights(path, network=TINY)
     assert "quantize.codebook_used" not in weights.state
     assert weights.sha256 == hash_weights(tiny_state())
     bare = tmp_path / "bare.safetensors"
     save_file({name: value for name, value in tiny_state().items() if name != "quantize.codebook_used"}, bare)
-    assert read_weights(bare, network="tiny").sha256 == weights.sha256
+    assert read_weights(bare, network=TINY).sha256 == weights.sha256
 
 
 @pytest.mark.slow
@@ -190,6 +189,42 @@ def test_changed_and_cut_files_are_refused(tiny_path: Path, tmp_path: Path) -> N
         read_weights(cut)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    state = tiny_state()
+    state["decoder.conv_out.bias"][1] = value
+    write_weights(tmp_path / "ours.safetensors", network=TINY, state=state, metadata={})
+    torch.save({"model": state}, tmp_path / "theirs.pt")
+    for name in ("ours.safetensors", "theirs.pt"):
+        with pytest.raises(ValueError, match=r"NaN or infinity in 1 tensors, decoder.conv_out.bias first; use other"):
+            read_weights(tmp_path / name, network=TINY)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "should be an object"),
+        ('{"format_version": 1, "weights_sha256": "ab"}', "network: Field required"),
+        ('{"format_version": 2, "network": {}, "weights_sha256": "ab"}', "format_version: Input should be 1"),
+        ('{"format_version": 1, "network": {"channels": "many"}, "weights_sha256": "ab"}', "network.channels: Input"),
+    ],
+    ids=["no JSON", "a list", "no network", "a later version", "no shape"],
+)
+def test_a_file_whose_metadata_is_not_ours_is_named(tmp_path: Path, metadata: str, message: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"quant_conv.bias": torch.zeros(1)}, path, metadata={"tensorar-tokenizer": metadata})
+    with pytest.raises(
+        ValueError, match=f"loading tokenizer {path}: metadata .* a version 1 header, got .*{message}.*; use the tensor"
+    ):
+        read_weights(path)
+
+
+def test_a_tilde_is_the_home_directory(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_path.parent))
+    assert Tokenizer.load(tiny_config(Path("~") / tiny_path.name)).codebook_size == 64
+
+
 class TouchesOnLoading:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -202,24 +237,20 @@ def test_a_file_that_runs_code_on_loading_is_refused_and_does_not_run_it(tmp_pat
     path, trace = tmp_path / "pickled.pt", tmp_path / "trace"
     torch.save({"model": tiny_state(), "args": TouchesOnLoading(trace)}, path)
     with pytest.raises(ValueError, match="must hold nothing but tensors and plain values"):
-        read_weights(path, network="vq8")
+        read_weights(path, network=NETWORKS["vq8"])
     assert not trace.exists()
 
 
 def test_other_wrong_files_say_what_to_do(tiny_path: Path, tmp_path: Path) -> None:
-    raw = tmp_path / "raw.pt"
-    torch.save(tiny_state(), raw)
-    with pytest.raises(ValueError, match="must lie under the key 'model'"):
-        read_weights(raw, network="vq8")
     text = tmp_path / "text.pt"
     text.write_text("not weights")
     with pytest.raises(ValueError, match="must hold nothing but tensors"):
-        read_weights(text, network="vq8")
+        read_weights(text, network=NETWORKS["vq8"])
     model = tmp_path / "model.pt"
     torch.save({"model": tiny_state()}, model)
     with pytest.raises(ValueError, match=r"set tokenizer\.network to one of vq16, vq8"):
         read_weights(model)
-    with pytest.raises(ValueError, match="the file carries its own network, got another one, 'vq8'; leave network out"):
+    with pytest.raises(ValueError, match=r"must be the spec's, VQConfig\(.*leave tokenizer\.network out"):
         Tokenizer.load(tiny_config(tiny_path, network="vq8"))
     with pytest.raises(FileNotFoundError, match=r"loading tokenizer nowhere: .*shipped name \(open-emoji-64\)"):
         Tokenizer.load(tiny_config(Path("nowhere")))
