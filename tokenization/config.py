@@ -6,6 +6,7 @@ project: frozen, and an unknown field is an error.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -19,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+MIN_FIT_SIZE_PX = 8
+"""The loss of a fit halves images three times."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -150,4 +153,21 @@ class FitTokenizerConfig(Config):
     def _check_phases(self) -> FitTokenizerConfig:
         if self.warm_start is not None and self.autoencoder_steps:
             raise ValueError(f"autoencoder_steps must be 0 with warm_start, got {self.autoencoder_steps}")
+        if self.autoencoder_steps >= self.num_steps:
+            raise ValueError(
+                f"autoencoder_steps must be below num_steps {self.num_steps}, got {self.autoencoder_steps}; the "
+                "codebook is fitted in the steps that are left"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_image_size(self) -> FitTokenizerConfig:
+        patch_px = self.network.patch_px
+        smallest = math.ceil(MIN_FIT_SIZE_PX / patch_px) * patch_px
+        if self.image_size_px % patch_px or self.image_size_px < smallest:
+            below = max(smallest, self.image_size_px // patch_px * patch_px)
+            raise ValueError(
+                f"image_size_px must be a multiple of the network's patch {patch_px}, {smallest} at least, got "
+                f"{self.image_size_px}; use {below} or {below + patch_px}"
+            )
         return self

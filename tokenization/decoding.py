@@ -26,6 +26,21 @@ from tokenization.image_rejection import ImageRejectedError, check_num_pixels, u
 
 FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "PNM", "TIFF")
 """What may be decoded; formats that start other programs (EPS) or rarely hold photographs stay out."""
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+)
+"""How the names of such files end, in small letters."""
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSITIONS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

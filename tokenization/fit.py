@@ -7,7 +7,6 @@ killed fit that is run again ends in the same weights. A 64 px tokenizer takes a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,21 +20,16 @@ from torch import Tensor
 
 from tokenization.codebook import draw_vectors, spherical_kmeans
 from tokenization.config import FitTokenizerConfig
-from tokenization.crops import center_crop
-from tokenization.decoding import decode_image
-from tokenization.fingerprint import Fingerprint
-from tokenization.fit_checkpoint import load_newest_checkpoint, save_checkpoint
-from tokenization.image_rejection import ImageRejectedError
+from tokenization.fit_checkpoint import CHECKPOINTS, load_newest_checkpoint, save_checkpoint
+from tokenization.fit_images import load_images
+from tokenization.fit_output import WEIGHTS_NAME, cut_metrics, stored_weights, write_fit, write_metrics, written_step
 from tokenization.pixels import to_network_range
 from tokenization.reconstruction import EVALUATION_BATCH, Evaluation, evaluate_reconstruction, reconstruction_loss
 from tokenization.vq import VQNetwork
-from tokenization.weights_file import HISTORY_KEY, hash_weights, read_weights, resolve_weights, write_weights
+from tokenization.weights_file import HISTORY_KEY, read_weights, resolve_weights
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "tokenizer.safetensors"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-MAX_IMAGE_PIXELS = 100_000_000
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -52,20 +46,24 @@ STREAMS = {"init": 0, "order": 1, "batch": 2, "kmeans": 3, "restart": 4}
 def fit_tokenizer(config: FitTokenizerConfig) -> Path:
     """Return the weights file of a tokenizer fitted to a folder of images; run again, it goes on where it stopped.
 
-    `run_dir/tokenizer.safetensors` is there, usable, from the first checkpoint on, and improves with each.
+    `run_dir/tokenizer.safetensors` is there, usable, from the first checkpoint on after the codebook is fitted, and
+    improves with each.
 
     Raises:
-        ValueError: a folder holds no usable image, or run_dir holds a fit with another config.
+        ValueError: a folder holds no usable image, run_dir holds a fit with another config, or all its checkpoints are
+            damaged.
+        FloatingPointError: the fit diverges; weights and checkpoints stay as they were before.
     """
-    run_dir = Path(config.run_dir)
-    if _finished(config):
+    run_dir = Path(config.run_dir).expanduser()
+    if written_step(run_dir, config=config) == config.num_steps:
         return run_dir / WEIGHTS_NAME
-    train_NHWC = load_images(Path(config.images), size_px=config.image_size_px)
-    validation_NHWC = load_images(Path(config.validation_images), size_px=config.image_size_px)
+    train_NHWC = load_images(config.images, size_px=config.image_size_px)
+    validation_NHWC = load_images(config.validation_images, size_px=config.image_size_px)
     fit = Fit(config, train_NHWC)
-    checkpoint = load_newest_checkpoint(run_dir / "checkpoints", config=config)
+    checkpoint = load_newest_checkpoint(run_dir / CHECKPOINTS, config=config)
     if checkpoint is not None:
         fit.resume(*checkpoint)
+    cut_metrics(run_dir, step=fit.step)
     log.info("event=fit_begin step=%d num_steps=%d images=%d", fit.step, config.num_steps, len(train_NHWC))
     begin_s = time.monotonic()
     while fit.step < config.num_steps:
@@ -73,33 +71,14 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Path:
         if fit.step % LOG_EVERY_N_STEPS == 0:
             log.info("event=fit_step step=%d elapsed_s=%.1f %s", fit.step, time.monotonic() - begin_s, _listed(losses))
         if fit.step % config.checkpoint_every_n_steps == 0 or fit.step == config.num_steps:
-            evaluation = _export(fit, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
-            save_checkpoint(run_dir / "checkpoints", step=fit.step, state=fit.state(), config=config)
+            evaluation = None
+            if fit.has_codebook:
+                evaluation = _export(fit, run_dir, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
+            save_checkpoint(run_dir / CHECKPOINTS, step=fit.step, state=fit.state(), config=config)
             _record(run_dir, fit=fit, losses=losses, evaluation=evaluation, elapsed_s=time.monotonic() - begin_s)
-    if not _finished(config):
-        _export(fit, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
+    if written_step(run_dir, config=config) != config.num_steps:
+        _export(fit, run_dir, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
     return run_dir / WEIGHTS_NAME
-
-
-def load_images(folder: Path, *, size_px: int) -> np.ndarray:
-    """Return all usable images under a folder, in sorted path order, centre-cropped; uint8 (N, size, size, 3).
-
-    Raises:
-        ValueError: there is none.
-    """
-    crops: list[np.ndarray] = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        try:
-            image = decode_image(path.read_bytes(), max_pixels=MAX_IMAGE_PIXELS)
-            crops.append(center_crop(image, size_px))
-        except ImageRejectedError as error:
-            log.warning("event=image_rejected path=%s reason=%s", path, error.reason)
-    if not crops:
-        raise ValueError(
-            f"loading images {folder}: the folder must hold at least one usable image, got none; "
-            "check the path (`tensorar demo` builds the open-emoji corpus)"
-        )
-    return np.stack(crops)
 
 
 class Fit:
@@ -123,8 +102,17 @@ class Fit:
         """Whether the next step quantises."""
         return self.step >= self.config.autoencoder_steps
 
+    @property
+    def has_codebook(self) -> bool:
+        """Whether a step has quantised, so that the codebook is no longer its random start."""
+        return self.step > self.config.autoencoder_steps
+
     def take_step(self) -> dict[str, float]:
-        """Do one optimiser step and return its losses."""
+        """Do one optimiser step and return its losses.
+
+        Raises:
+            FloatingPointError: loss or gradient are not finite; no weight has changed.
+        """
         if self.step == self.config.autoencoder_steps and self.config.warm_start is None:
             self._initialize_codebook()
         images_BCHW = self._batch()
@@ -133,8 +121,10 @@ class Fit:
         self.network.train()
         losses = self._losses(images_BCHW)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(torch.stack(list(losses.values())).sum())
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+        loss = torch.stack(list(losses.values())).sum()
+        torch.autograd.backward(loss)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+        self._check_finite({"loss": loss, "gradient norm": grad_norm})
         self.optimizer.step()
         self.step += 1
         self._average_weights()
@@ -162,6 +152,14 @@ class Fit:
                 if name in moments:
                     device = "cpu" if moment == "step" else self.device
                     self.optimizer.state[parameter][moment] = moments[name].to(device)
+
+    def _check_finite(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            if not value.isfinite():
+                raise FloatingPointError(
+                    f"fit step {self.step + 1}: the {name} must be finite, got {value.item()}; lower learning_rate in "
+                    "a new run_dir"
+                )
 
     def _batch(self) -> Tensor:
         order = batch_positions(
@@ -203,12 +201,19 @@ class Fit:
     def _initialize_codebook(self) -> None:
         generator = self._generator("kmeans")
         chosen = torch.randperm(len(self.train_NHWC), generator=generator)[:KMEANS_IMAGES].numpy()
+        vectors_ND, num_entries = self._unit_vectors(self.train_NHWC[chosen]), self.config.network.codebook_size
+        if len(vectors_ND) < num_entries:
+            log.warning(
+                "event=few_vectors vectors=%d codebook_size=%d next=use more images or a smaller network.codebook_size",
+                len(vectors_ND),
+                num_entries,
+            )
+        log.info("event=kmeans_begin vectors=%d codebook_size=%d", len(vectors_ND), num_entries)
+        begin_s = time.monotonic()
         centers_VD = spherical_kmeans(
-            self._unit_vectors(self.train_NHWC[chosen]),
-            num_clusters=self.config.network.codebook_size,
-            num_rounds=KMEANS_ROUNDS,
-            generator=generator,
+            vectors_ND, num_clusters=num_entries, num_rounds=KMEANS_ROUNDS, generator=generator
         )
+        log.info("event=kmeans_end elapsed_s=%.1f", time.monotonic() - begin_s)
         self.network.quantize.embedding.weight.copy_(centers_VD)
         self.average.quantize.embedding.weight.copy_(centers_VD)
 
@@ -244,12 +249,7 @@ class Fit:
 
 
 def _warm_start(network: VQNetwork, path: str) -> None:
-    weights = read_weights(resolve_weights(path))
-    if weights.network != network.config:
-        raise ValueError(
-            f"warm-starting the fit from {path}: its network must be the spec's, {network.config!r}, "
-            f"got {weights.network!r}; set network to that of the file"
-        )
+    weights = read_weights(resolve_weights(path), network=network.config)
     network.load_state_dict({**weights.state, HISTORY_KEY: network.quantize.codebook_used})
 
 
@@ -277,64 +277,42 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_native)
 
 
-def _export(fit: Fit, *, train_NHWC: np.ndarray, validation_NHWC: np.ndarray) -> Evaluation:
+def _export(fit: Fit, run_dir: Path, *, train_NHWC: np.ndarray, validation_NHWC: np.ndarray) -> Evaluation:
     # What is measured is what is stored: the averaged weights after rounding to float16.
     config = fit.config
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    state = {name: value.half() for name, value in fit.average.state_dict().items()}
+    state = stored_weights(fit.average.state_dict(), step=fit.step)
     stored = VQNetwork(config.network).to(fit.device)
     stored.load_state_dict(state)
     evaluation = evaluate_reconstruction(stored, validation_NHWC)
     sample_NHWC = train_NHWC[:: max(1, len(train_NHWC) // KMEANS_IMAGES)]
-    num_codes_used = evaluate_reconstruction(stored, sample_NHWC).num_codes_used
-    fingerprint = Fingerprint(
-        weights_sha256=hash_weights(state),
-        network=config.network,
-        image_size_px=config.image_size_px,
-        batch_size=EVALUATION_BATCH,
-        dtype="float32",
+    write_fit(
+        run_dir,
+        state,
+        config=config,
+        step=fit.step,
+        held_out=evaluation,
+        num_held_out=len(validation_NHWC),
+        num_train_codes_used=evaluate_reconstruction(stored, sample_NHWC).num_codes_used,
     )
-    metadata = {
-        "fingerprint": fingerprint.model_dump(mode="json"),
-        "fit": config.model_dump(mode="json", exclude={"run_dir"}),
-        "step": fit.step,
-        "held_out_psnr_db": round(evaluation.psnr_db, 3),
-        "num_held_out_images": len(validation_NHWC),
-        "held_out_codes_used": evaluation.num_codes_used,
-        "train_codes_used": num_codes_used,
-    }
-    write_weights(Path(config.run_dir) / WEIGHTS_NAME, network=config.network, state=state, metadata=metadata)
     return evaluation
 
 
-def _record(run_dir: Path, *, fit: Fit, losses: dict[str, float], evaluation: Evaluation, elapsed_s: float) -> None:
+def _record(
+    run_dir: Path, *, fit: Fit, losses: dict[str, float], evaluation: Evaluation | None, elapsed_s: float
+) -> None:
     line = {
         "step": fit.step,
         **{f"{name}_loss": round(value, 5) for name, value in losses.items()},
-        "held_out_psnr_db": round(evaluation.psnr_db, 3),
-        "held_out_codes_used": evaluation.num_codes_used,
+        "held_out_psnr_db": None if evaluation is None else round(evaluation.psnr_db, 3),
+        "held_out_codes_used": None if evaluation is None else evaluation.num_codes_used,
         "elapsed_s": round(elapsed_s, 1),
     }
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    log.info("event=fit_checkpoint %s", _listed(line))
+    write_metrics(run_dir, line)
+    log.info("event=fit_checkpoint %s", _listed({name: value for name, value in line.items() if value is not None}))
 
 
 def _listed(values: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.5g}" for name, value in values.items())
-
-
-def _finished(config: FitTokenizerConfig) -> bool:
-    path = Path(config.run_dir) / WEIGHTS_NAME
-    if not path.is_file():
-        return False
-    try:
-        metadata = read_weights(path).metadata
-    except ValueError as error:
-        log.warning("event=weights_damaged next=writing them again error=%s", error)
-        return False
-    is_same_fit = metadata.get("fit") == config.model_dump(mode="json", exclude={"run_dir"})
-    return is_same_fit and metadata.get("step") == config.num_steps
 
 
 def _optimizer(network: VQNetwork, *, learning_rate: float) -> torch.optim.AdamW:

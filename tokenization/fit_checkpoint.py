@@ -1,29 +1,42 @@
 """Checkpoints of a tokenizer fit: `checkpoints/step_00001000/` with `state.safetensors` and `record.json`.
 
 A checkpoint is staged, synced and renamed, so it is there whole or not at all; the newest whose record verifies is the
-one a rerun goes on from, and a damaged one is passed over with a warning. No pickle: optimiser moments are tensors with
-names.
+one a rerun goes on from, a damaged one is passed over with a warning, and with none whole the rerun is refused. No
+pickle: optimiser moments are tensors with names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tokenization.config import FitTokenizerConfig
+from tokenization.config import Config, FitTokenizerConfig
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
 NUM_KEPT = 2
 FREE_FIELDS = {"run_dir", "checkpoint_every_n_steps"}
 """Fields of the config that may change between a run and its resumption."""
+
+
+class _Record(Config):
+    """What a checkpoint says about itself."""
+
+    step: int
+    bytes: int
+    sha256: str
+    """Of `state.safetensors`."""
+    config: dict[str, Any]
+    """Of the run."""
 
 
 def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], config: FitTokenizerConfig) -> None:
@@ -42,14 +55,14 @@ def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], con
     staged = directory / f".staged-{final.name}"
     staged.mkdir()
     data = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
-    record = {
-        "step": step,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "config": config.model_dump(mode="json", exclude=FREE_FIELDS),
-    }
+    record = _Record(
+        step=step,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        config=config.model_dump(mode="json", exclude=FREE_FIELDS),
+    )
     _write_synced(staged / "state.safetensors", data)
-    _write_synced(staged / "record.json", json.dumps(record, indent=2).encode())
+    _write_synced(staged / "record.json", record.model_dump_json(indent=2).encode())
     if final.exists():
         shutil.rmtree(final)
     staged.rename(final)
@@ -59,43 +72,68 @@ def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], con
 
 
 def load_newest_checkpoint(directory: Path, *, config: FitTokenizerConfig) -> tuple[int, dict[str, Tensor]] | None:
-    """Return the step and state of the newest whole checkpoint, None where there is none.
+    """Return the step and state of the newest whole checkpoint, None where there is none at all.
 
     Args:
         directory: `checkpoints/` of the run.
         config: what the run does now.
 
     Raises:
-        ValueError: the checkpoint was made under another config.
+        ValueError: the checkpoint was made under another config, or all are damaged: starting anew must be somebody's
+            decision.
     """
-    for path in sorted(directory.glob("step_*"), reverse=True):
-        data = _read_whole(path)
-        if data is None:
-            log.warning("event=checkpoint_damaged path=%s next=resuming from the one before", path)
+    paths = sorted(directory.glob("step_*"), reverse=True)
+    for path in paths:
+        whole = _read_whole(path)
+        if whole is None:
+            log.warning("event=checkpoint_damaged path=%s", path)
             continue
-        record = json.loads((path / "record.json").read_text())
-        _check_same_config(path, recorded=record["config"], config=config)
-        return int(record["step"]), load(data)
+        record, data = whole
+        check_same_config(path, recorded=record.config, config=config)
+        return record.step, load(data)
+    if paths:
+        raise ValueError(
+            f"resume {directory.parent}: a checkpoint must be whole, got {len(paths)} damaged ones; put back their "
+            f"files, or move {directory} away to start from step 0"
+        )
     return None
 
 
-def _read_whole(path: Path) -> bytes | None:
-    try:
-        record = json.loads((path / "record.json").read_text())
-        data = (path / "state.safetensors").read_bytes()
-    except (OSError, json.JSONDecodeError):
-        return None
-    return data if hashlib.sha256(data).hexdigest() == record.get("sha256") else None
+def verify_checkpoints(directory: Path) -> tuple[list[int], list[str]]:
+    """Return the steps of the whole checkpoints of a run, and what is wrong with each of the others."""
+    steps: list[int] = []
+    problems: list[str] = []
+    for path in sorted(directory.glob("step_*")):
+        whole = _read_whole(path)
+        if whole is not None:
+            steps.append(whole[0].step)
+        else:
+            problems.append(
+                f"checkpoint {path}: state.safetensors must have the sha256 that record.json says, got another or no "
+                "file; put the files back, or run the fit again, which goes on from a whole one"
+            )
+    return steps, problems
 
 
-def _check_same_config(path: Path, *, recorded: dict[str, object], config: FitTokenizerConfig) -> None:
+def check_same_config(path: Path, *, recorded: dict[str, Any], config: FitTokenizerConfig) -> None:
+    """Raise ValueError where a fit's config differs from the one recorded with what lies at `path`."""
     current = config.model_dump(mode="json", exclude=FREE_FIELDS)
-    different = sorted(name for name in current.keys() | recorded.keys() if current.get(name) != recorded.get(name))
+    names = (current.keys() | recorded.keys()) - FREE_FIELDS
+    different = sorted(name for name in names if current.get(name) != recorded.get(name))
     if different:
         raise ValueError(
             f"resume {path}: the run must go on with the config it began with, got other {', '.join(different)}; "
             "restore them or choose another run_dir"
         )
+
+
+def _read_whole(path: Path) -> tuple[_Record, bytes] | None:
+    try:
+        record = _Record.model_validate_json((path / "record.json").read_bytes())
+        data = (path / "state.safetensors").read_bytes()
+    except (OSError, ValidationError):
+        return None
+    return (record, data) if hashlib.sha256(data).hexdigest() == record.sha256 else None
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -23,10 +23,10 @@ from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_p
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.unreadable import read_images
 from pipeline.storage import ArtifactError, FileInfo, Storage, open_storage
+from tokenization.decoding import IMAGE_SUFFIXES
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision's list, so that the order of a tree is ImageFolder's."""
-CAPTIONED_EXTENSIONS = (*EXTENSIONS, ".gif", ".jfif", ".jpe")
 SIDECARS = (".txt", ".json")
 NUM_S3_READS = 16
 """Files of one unit that are under way at once on S3, where each costs a round trip."""
@@ -204,7 +204,7 @@ def _images_of_classes(
 
 def _captioned_images(storage: Storage, *, unseen: Counter[str]) -> Iterator[_ListedImage]:
     listing = storage.list()
-    names = _sorted_images(listing, extensions=CAPTIONED_EXTENSIONS)
+    names = _sorted_images(listing, extensions=IMAGE_SUFFIXES)
     others = [name for name in listing if not name.endswith(SIDECARS)]
     unseen.update(_unseen_extensions(others, images=names))
     if names and not any(name.endswith(SIDECARS) for name in listing):

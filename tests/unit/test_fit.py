@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from tokenization.codebook import spherical_kmeans
 from tokenization.config import FitTokenizerConfig, TokenizerConfig, VQConfig
-from tokenization.fit import Fit, batch_positions, fit_tokenizer, learning_rate_at, load_images
+from tokenization.fit import Fit, batch_positions, fit_tokenizer, learning_rate_at
+from tokenization.fit_checkpoint import load_newest_checkpoint
+from tokenization.fit_images import load_images
+from tokenization.fit_output import stored_weights
 from tokenization.reconstruction import reconstruction_loss
 from tokenization.tokenizer import Tokenizer
+from tokenization.vq import VQNetwork
 
 NETWORK = VQConfig(codebook_size=8, channels=32, channel_multipliers=(1, 1), num_res_blocks=1, z_channels=32)
 
@@ -106,24 +111,53 @@ def test_lost_or_damaged_weights_are_written_again_from_the_last_checkpoint(root
         assert fit_tokenizer(config_in(root, "lost")).read_bytes() == whole
 
 
+def test_a_fit_whose_checkpoints_are_all_damaged_is_not_begun_anew(root: Path) -> None:
+    shutil.copytree(root / "whole" / "checkpoints", root / "all-damaged" / "checkpoints")
+    for state in (root / "all-damaged" / "checkpoints").glob("step_*/state.safetensors"):
+        state.write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"a checkpoint must be whole, got 2 damaged ones; put back .*or move .* away"):
+        fit_tokenizer(config_in(root, "all-damaged"))
+
+
+@pytest.mark.parametrize("record", [b"{", b"[]", b"{}", b"\xff", b""])
+def test_a_checkpoint_whose_record_is_damaged_is_passed_over(root: Path, tmp_path: Path, record: bytes) -> None:
+    shutil.copytree(root / "whole" / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step_00000075" / "record.json").write_bytes(record)
+    found = load_newest_checkpoint(tmp_path / "checkpoints", config=config_in(root, "whole"))
+    assert found is not None
+    assert found[0] == 50
+
+
+def test_metrics_read_after_a_resumption_as_if_there_had_been_none(root: Path) -> None:
+    shutil.copytree(root / "whole", root / "cut")
+    shutil.rmtree(root / "cut" / "checkpoints" / "step_00000075")
+    (root / "cut" / "tokenizer.safetensors").unlink()
+    with (root / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 100, "recons')
+    fit_tokenizer(config_in(root, "cut"))
+    lines = (root / "cut" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [25, 50, 75]
+
+
+def test_finished_weights_are_not_replaced_by_a_fit_with_another_config(root: Path) -> None:
+    shutil.copytree(root / "whole", root / "other-seed")
+    shutil.rmtree(root / "other-seed" / "checkpoints")
+    with pytest.raises(ValueError, match="got other seed; restore them or choose another run_dir"):
+        fit_tokenizer(config_in(root, "other-seed", seed=1))
+    before = (root / "whole" / "tokenizer.safetensors").read_bytes()
+    assert (root / "other-seed" / "tokenizer.safetensors").read_bytes() == before
+
+
+def test_a_finished_fit_is_left_alone_when_only_its_checkpoint_interval_changes(root: Path) -> None:
+    path = root / "whole" / "tokenizer.safetensors"
+    before = path.stat().st_mtime_ns
+    fit_tokenizer(config_in(root, "whole", checkpoint_every_n_steps=5))
+    assert path.stat().st_mtime_ns == before
+
+
 def test_another_config_in_the_same_directory_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match="got other batch_size, learning_rate; restore them or choose another run_dir"):
         fit_tokenizer(config_in(root, "whole", batch_size=5, learning_rate=0.5))
-
-
-def test_a_folder_without_images_is_an_error(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="must hold at least one usable image, got none"):
-        fit_tokenizer(config_in(root, "empty", images=str(tmp_path)))
-
-
-def test_images_are_loaded_in_path_order_without_the_unusable(root: Path, tmp_path: Path) -> None:
-    for name, value in (("b/1.png", 2), ("a/2.png", 1), ("c.jpg", 3)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16), (value * 50,) * 3).save(tmp_path / name)
-    (tmp_path / "a" / "1.png").write_bytes(b"broken")
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    assert load_images(tmp_path, size_px=8)[:, 0, 0, 0].tolist() == [50, 100, 150]
 
 
 def test_unused_codes_are_restarted_and_used_ones_stay(root: Path) -> None:
@@ -140,6 +174,114 @@ def test_unused_codes_are_restarted_and_used_ones_stay(root: Path) -> None:
     assert torch.equal(table[:4], before[:4])
     assert (table[4:] != before[4:]).any(dim=1).all()
     torch.testing.assert_close(table[4:].norm(dim=1), torch.ones(4))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(root: Path) -> None:
+    fit = Fit(config_in(root, "diverged"), load_images(root / "train", size_px=16))
+    fit.take_step()
+    hook = fit.network.encoder.conv_in.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in fit.state().items()}
+    with pytest.raises(FloatingPointError, match=r"fit step 2: the gradient norm must be finite, got (inf|nan); lower"):
+        fit.take_step()
+    assert fit.step == 1
+    assert all(torch.equal(value, before[name]) for name, value in fit.state().items())
+    hook.remove()
+    fit.network.encoder.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match="fit step 2: the loss must be finite, got nan; lower learning_rate in a new run_dir"
+    ):
+        fit.take_step()
+
+
+def test_a_fit_that_diverges_ends_without_weights_or_a_record_of_it(root: Path) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"fit step \d+: .* must be finite.*lower learning_rate in a new run_dir"
+    ):
+        fit_tokenizer(config_in(root, "huge", learning_rate=1e9, autoencoder_steps=0, checkpoint_every_n_steps=1))
+    assert not (root / "huge" / "tokenizer.safetensors").exists()
+    assert not (root / "huge" / "metrics.jsonl").exists()
+
+
+def test_weights_that_float16_cannot_hold_are_refused() -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"fit step 7: every weight must be finite in float16, .* 1 tensors, b f"
+    ):
+        stored_weights({"a": torch.tensor([65504.0]), "b": torch.tensor([1.0, 65536.0])}, step=7)
+
+
+class SeenAtCheckpoints(logging.Handler):
+    """Notes at each checkpoint whether there are weights."""
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.weights = weights
+        self.there: list[bool] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "event=fit_checkpoint" in record.getMessage():
+            self.there.append(self.weights.exists())
+
+
+def test_weights_appear_once_the_codebook_is_fitted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    handler = SeenAtCheckpoints(root / "late" / "tokenizer.safetensors")
+    logger = logging.getLogger("tokenization.fit")
+    logger.addHandler(handler)
+    with caplog.at_level(logging.INFO):
+        fit_tokenizer(config_in(root, "late", num_steps=6, autoencoder_steps=4, checkpoint_every_n_steps=2))
+    logger.removeHandler(handler)
+    assert handler.there == [False, False, True]
+    lines = [json.loads(line) for line in (root / "late" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["held_out_psnr_db"] is None for line in lines] == [True, True, False]
+
+
+def test_the_start_of_the_codebook_is_told_and_too_few_vectors_for_it(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = NETWORK.model_copy(update={"codebook_size": 700})
+    fit = Fit(config_in(root, "few", network=network, autoencoder_steps=0), load_images(root / "train", size_px=16))
+    with caplog.at_level(logging.INFO):
+        fit.take_step()
+    assert "event=few_vectors vectors=640 codebook_size=700 next=use more images" in caplog.text
+    assert "event=kmeans_begin vectors=640 codebook_size=700" in caplog.text
+    assert "event=kmeans_end elapsed_s=" in caplog.text
+
+
+def test_a_tilde_in_run_dir_is_the_home_directory(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    changes = {"run_dir": "~/fit", "num_steps": 2, "autoencoder_steps": 1}
+    assert fit_tokenizer(config_in(root, "", **changes)) == tmp_path / "home" / "fit" / "tokenizer.safetensors"
+    names = {path.name for path in (tmp_path / "home" / "fit").iterdir()}
+    assert names == {"tokenizer.safetensors", "metrics.jsonl", "checkpoints"}
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_steps": 40, "autoencoder_steps": 400},
+            "autoencoder_steps must be below num_steps 40, got 400; the code",
+        ),
+        ({"num_steps": 40, "autoencoder_steps": 40}, "autoencoder_steps must be below num_steps 40, got 40"),
+        ({"image_size_px": 17}, "multiple of the network's patch 2, 8 at least, got 17; use 16 or 18"),
+        ({"image_size_px": 4}, "multiple of the network's patch 2, 8 at least, got 4; use 8 or 10"),
+        (
+            {"image_size_px": 8, "network": VQConfig(channels=32, channel_multipliers=(1, 1, 1, 1, 1))},
+            "multiple of the network's patch 16, 16 at least, got 8; use 16 or 32",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_fitted_is_refused(root: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config_in(root, "refused", **changes)
+
+
+def test_the_smallest_size_can_be_fitted(root: Path) -> None:
+    changes = {"image_size_px": 8, "num_steps": 2, "autoencoder_steps": 1}
+    assert fit_tokenizer(config_in(root, "smallest", **changes)).exists()
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
@@ -178,10 +320,18 @@ def test_a_warm_start_begins_from_the_weights_of_the_file(root: Path) -> None:
     assert all(torch.allclose(before[name].float(), after[name].float(), atol=1e-3) for name in before)
 
 
+def test_a_warm_start_from_llamagens_file_takes_the_network_of_the_spec(root: Path) -> None:
+    state = VQNetwork(NETWORK).state_dict()
+    torch.save({"model": state}, root / "theirs.pt")
+    changes = {"warm_start": str(root / "theirs.pt"), "autoencoder_steps": 0}
+    fit = Fit(config_in(root, "warm-theirs", **changes), load_images(root / "train", size_px=16))
+    assert all(torch.equal(value, state[name]) for name, value in fit.network.state_dict().items())
+
+
 def test_a_warm_start_from_another_network_is_refused(root: Path) -> None:
     changes = {"warm_start": str(root / "whole" / "tokenizer.safetensors"), "autoencoder_steps": 0}
     network = NETWORK.model_copy(update={"codebook_size": 16})
-    with pytest.raises(ValueError, match=r"its network must be the spec's.*codebook_size=16.*set network"):
+    with pytest.raises(ValueError, match=r"its network must be the spec's, .*codebook_size=16.*set network of a fit"):
         fit_tokenizer(config_in(root, "warm-other", network=network, **changes))
 
 
