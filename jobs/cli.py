@@ -210,7 +210,7 @@ def status(*, directory: str, endpoint_url: str | None) -> None:
 @click.option("--deep", is_flag=True, help="Encode a sample of a shard set's codes again from the corpus.")
 @click.option("--max-differing", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="For --deep.")
 def verify(*, directory: str, endpoint_url: str | None, deep: bool, max_differing: float) -> None:
-    """Check every byte of a shard set, or every checkpoint of a training run, against its records."""
+    """Check every byte of a shard set, of a training run's checkpoints or of a tokenizer fit against its records."""
     from jobs.verify import verify_directory  # noqa: PLC0415  (imports numpy)
 
     s3 = S3Config(endpoint_url=endpoint_url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from jobs.run import kind_of
 from pipeline.config import S3Config
 from pipeline.export import LlamaGenExport, export_llamagen
 from pipeline.ledger import MANIFEST_NAME
@@ -40,6 +41,11 @@ def export_directory(
                 "them; drop what is of training runs"
             )
         return _llamagen_lines(export_llamagen(storage, output=output, s3=s3))
+    if kind_of(storage) == "fit_tokenizer":
+        raise ArtifactError(
+            f"export {url}: the directory must be the run_dir of a finished tokenize job or of a train job, got the "
+            "fit of a tokenizer, whose weights are a file already; set tokenizer.weights to its tokenizer.safetensors"
+        )
     is_checkpoint = step_in_name(url.rstrip("/").rpartition("/")[2]) is not None
     if not is_checkpoint and not storage.list(f"{CHECKPOINTS}/"):
         raise ArtifactError(

@@ -197,6 +197,14 @@ def _has_moved(storage: Storage, name: str, spec: Spec) -> bool:
     return record.training_sets == (set_record(read_manifest(open_storage(spec.data.shards, s3=spec.s3))),)
 
 
+def kind_of(storage: Storage) -> str | None:
+    """The kind of the spec that a directory was run with; None where nothing there tells."""
+    with contextlib.suppress(ArtifactError, FileNotFoundError):
+        kind = _read(storage).get("kind")
+        return kind if isinstance(kind, str) else None
+    return None
+
+
 def _local(run_dir: str) -> Storage:
     """Storage of a kind of job that cannot live on S3 yet; raises ArtifactError for a URL."""
     return open_storage(str(local_path(run_dir)))

@@ -143,8 +143,8 @@ def test_verify_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
     result = call("verify", str(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == (
-        f"error: verify {tmp_path}: the directory must be the run_dir of a tokenize or a train job, "
-        "got neither plan.json nor checkpoints/ in it; check the path\n"
+        f"error: verify {tmp_path}: the directory must be the run_dir of a tokenize, a train or a fit_tokenizer "
+        "job, got neither plan.json nor checkpoints/ in it; check the path\n"
     )
 
 

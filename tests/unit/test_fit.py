@@ -12,6 +12,11 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from jobs.export import export_directory
+from jobs.run import remember_spec
+from jobs.verify import verify_directory
+from pipeline.config import S3Config
+from pipeline.storage import ArtifactError
 from tokenization.codebook import spherical_kmeans
 from tokenization.config import FitTokenizerConfig, TokenizerConfig, VQConfig
 from tokenization.fit import Fit, batch_positions, fit_tokenizer, learning_rate_at
@@ -333,6 +338,32 @@ def test_a_warm_start_from_another_network_is_refused(root: Path) -> None:
     network = NETWORK.model_copy(update={"codebook_size": 16})
     with pytest.raises(ValueError, match=r"its network must be the spec's, .*codebook_size=16.*set network of a fit"):
         fit_tokenizer(config_in(root, "warm-other", network=network, **changes))
+
+
+def test_a_fit_is_verified_by_its_own_rules(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "whole", tmp_path / "fit")
+    remember_spec(config_in(tmp_path, "fit"))
+    verdict = verify_directory(str(tmp_path / "fit"), s3=S3Config())
+    told = "a tokenizer fit with weights; whole checkpoints are those of step 50, 75"
+    assert (verdict.checked, verdict.problems) == (told, [])
+    for path in ("checkpoints/step_00000050/state.safetensors", "tokenizer.safetensors"):
+        data = (tmp_path / "fit" / path).read_bytes()
+        (tmp_path / "fit" / path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    verdict = verify_directory(str(tmp_path / "fit"), s3=S3Config())
+    assert verdict.checked.endswith("of step 75")
+    assert [problem.split(":")[0].rpartition("/")[2] for problem in verdict.problems] == [
+        "step_00000050",
+        "tokenizer.safetensors",
+    ]
+
+
+def test_an_export_of_a_fit_says_that_its_weights_are_a_file_already(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "whole", tmp_path / "fit")
+    remember_spec(config_in(tmp_path, "fit"))
+    with pytest.raises(
+        ArtifactError, match=r"got the fit of a tokenizer.*set tokenizer\.weights to its tokenizer\.saf"
+    ):
+        export_directory(str(tmp_path / "fit"), to="safetensors", output=str(tmp_path / "x"), s3=S3Config())
 
 
 def test_kmeans_finds_well_separated_directions() -> None:
