@@ -1,7 +1,8 @@
 """The commands, and nothing else: each one calls a function of the package that does the work.
 
 Light: torch, ray and deepspeed are imported inside the commands that need them, so `tensorar validate` answers at once.
-Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong, 75 training was told to stop and saved first.
+Exit codes: 0 done, 1 failed, 2 the command or a spec is wrong, 75 stopped by SIGTERM (training also by Ctrl-C) and all
+that is done is kept, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jobs.grid import Study, load_job
 from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
+from pipeline.sigterm import TerminatedError, raised_on_sigterm
 from pipeline.storage import open_storage
 from training.config import TrainConfig
 
@@ -57,7 +59,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.params.get("debug"))
         try:
-            return super().invoke(ctx)
+            with raised_on_sigterm():
+                return super().invoke(ctx)
         except SpecError as error:
             click.echo(str(error), err=True)
             ctx.exit(EXIT_BAD_SPEC)
@@ -69,6 +72,9 @@ class _Commands(click.Group):
                 raise
             click.echo(f"error: {_told(error)}", err=True)
             ctx.exit(EXIT_FAILED)
+        except TerminatedError:
+            click.echo("stopped; the same command goes on from here", err=True)
+            ctx.exit(EXIT_STOPPED)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from here", err=True)
             ctx.exit(EXIT_INTERRUPTED)

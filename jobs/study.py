@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 
 from jobs.grid import Study, StudyRun
 from jobs.results import Found, find_run
@@ -32,6 +29,7 @@ from jobs.study_results import (
 )
 from jobs.study_table import markdown
 from pipeline.local_storage import local_path
+from pipeline.sigterm import Sigterm, TerminatedError, raised_on_sigterm
 from pipeline.storage import S3_SCHEME, ArtifactError, DirectoryInUseError, Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -67,8 +65,8 @@ def run_study(
     chosen = study.selected(selections)
     storage = _storage(study)
     waiting = list(chosen)
-    with _stop_on_sigterm(study) as stop:
-        worker = _Worker(study, storage, stop=stop, fail_fast=fail_fast, progress=progress)
+    with _stopped_on_sigterm(study) as sigterm:
+        worker = _Worker(study, storage, sigterm=sigterm, fail_fast=fail_fast, progress=progress)
         publish(study, storage, with_report=False)
         while waiting:
             held = [run for run in waiting if not worker.take(run)]
@@ -120,16 +118,14 @@ def _storage(study: Study) -> Storage:
 class _Worker:
     """One process at work on a study."""
 
-    def __init__(
-        self, study: Study, storage: Storage, *, stop: _StopOnSigterm, fail_fast: bool, progress: bool
-    ) -> None:
-        self._study, self._storage, self._stop = study, storage, stop
+    def __init__(self, study: Study, storage: Storage, *, sigterm: Sigterm, fail_fast: bool, progress: bool) -> None:
+        self._study, self._storage, self._sigterm = study, storage, sigterm
         self._fail_fast, self._progress = fail_fast, progress
         self._began = datetime.datetime.now(datetime.UTC)
 
     def take(self, run: StudyRun) -> bool:
         """Do what is left of a run and say what has become of it; False where another process holds it."""
-        self._stop.check()
+        self._sigterm.check()
         claim = claim_of(self._storage, run.name, s3=self._study.s3)
         try:
             with claim.exclusive():
@@ -163,7 +159,6 @@ class _Worker:
             write_outcome(claim, state=state, seconds_s=seconds, error=error)
             publish(self._study, self._storage)
 
-        self._stop.listen()  # Ray may have caught it for itself in the run before
         try:
             if is_done and run.spec.kind == "train":
                 remember_spec(run.spec)  # launching would hash its whole checkpoint
@@ -171,10 +166,8 @@ class _Worker:
                 run_spec(run.spec, progress=self._progress)
         except DirectoryInUseError:
             raise
-        except (RunStoppedError, KeyboardInterrupt, SystemExit) as stopped:
+        except (RunStoppedError, KeyboardInterrupt):
             say("stopped")
-            if isinstance(stopped, SystemExit):  # Ray's way to end on SIGTERM
-                raise RunStoppedError(f"run {run.name}: ended by a signal; run it again to go on") from stopped
             raise
         except Exception as error:  # told here, and again at the end of the study
             self._fail(run, error, say=say)
@@ -228,42 +221,13 @@ def _locked(storage: Storage) -> Iterator[None]:
         yield
 
 
-class _StopOnSigterm:
-    """Makes SIGTERM end what this process does by RunStoppedError; training runs listen to it themselves meanwhile.
-
-    Python drops what is raised in a finalizer or a weak reference's callback, and a signal may come in one: that it
-    came is remembered, and `check` raises it again.
-    """
-
-    def __init__(self) -> None:
-        self._has_come = False
-
-    def listen(self) -> None:
-        """Catch the signal from here on; again after whatever else catches it."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
-
-    def check(self) -> None:
-        """Raise RunStoppedError if the signal has come."""
-        if self._has_come:
-            raise RunStoppedError("SIGTERM: stopped; run it again to go on")
-
-    def _on_signal(self, _number: int, _: FrameType | None) -> None:
-        self._has_come = True
-        self.check()
-
-
 @contextmanager
-def _stop_on_sigterm(study: Study) -> Iterator[_StopOnSigterm]:
-    """Listen to SIGTERM and name the study that it stops; the handler of before is put back."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if is_main else None
-    stop = _StopOnSigterm()
-    stop.listen()
+def _stopped_on_sigterm(study: Study) -> Iterator[Sigterm]:
+    """Listen to SIGTERM, as training runs do themselves meanwhile, and name the study that it stops."""
     try:
-        yield stop
+        with raised_on_sigterm() as sigterm:
+            yield sigterm
     except RunStoppedError as stopped:
         raise RunStoppedError(f"study {study.run_dir}: {stopped}") from stopped
-    finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before)
+    except TerminatedError as stopped:
+        raise RunStoppedError(f"study {study.run_dir}: SIGTERM: stopped; run it again to go on") from stopped

@@ -1,7 +1,8 @@
 """A Ray session: embedded in this process, or joined.
 
 `address: local` never follows a stale session of somebody else's and takes its Ray processes down with this one, also
-after a SIGKILL. Quiet by choice: no dashboard, no usage statistics, no metrics export; token authentication stays on.
+after a SIGKILL. Workers run the code of this process, whatever lies in its directory, and SIGTERM stays with whoever
+listens to it. Quiet by choice: no dashboard, no usage statistics, no metrics export; token authentication stays on.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import math
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 
 from pipeline.config import ClusterConfig
+from pipeline.sigterm import kept_sigterm
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Shared memory of an embedded session; our tasks pass paths and counts, never images."""
 CONNECT_TIMEOUT_S = 10.0
+CODE_DIRECTORY = Path(__file__).parents[1]
+"""Where this process has our packages from."""
 BUSY_SIGNS = ("timed out during startup", "Failed to connect to GCS")
 """What Ray's errors say when its own limits of about 30 s passed while its processes were starting."""
 
@@ -49,10 +54,12 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
         return
     # Ray switches its token authentication on by itself for a new session and then warns that it did.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if config.address == "local":
-        _start_local(config, log_to_driver=log_to_driver)
-    else:
-        _join(config.address, log_to_driver=log_to_driver)
+    # Workers look for code first in the directory that the session was begun in, also on other machines that have it.
+    with kept_sigterm(), contextlib.chdir(CODE_DIRECTORY):
+        if config.address == "local":
+            _start_local(config, log_to_driver=log_to_driver)
+        else:
+            _join(config.address, log_to_driver=log_to_driver)
     logger.info("ray session: address=%s num_workers=%d", config.address, config.num_workers)
     try:
         yield

@@ -42,7 +42,7 @@ class Status(Config):
     version: Literal[1] = 1
     """Version of this format."""
     state: Literal["running", "ended", "failed"]
-    """`ended` also after Ctrl-C; a killed driver stays `running` and falls silent."""
+    """`ended` also after Ctrl-C and SIGTERM; a killed driver stays `running` and falls silent."""
     time: datetime.datetime
     """When it was written, UTC."""
     units_in_flight: list[str]
