@@ -1,20 +1,21 @@
 """YAML specs to validated configs; every problem of a file is told at once, with its place and a suggestion.
 
 Light: imports no torch, ray or deepspeed, so `tensorar validate` answers at once. A place is `file:line`, or the
-`--set` that brought the value. YAML is read with safe types only; aliases are refused:
-their expansion has no bound.
+`--set` that brought the value. YAML is read with safe types only; aliases are refused: their expansion has no bound. So
+are tags and deep nesting.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.reader import ReaderError
 
 from jobs.problems import Problem, closest, problems_of, quoted, truth_values, without_unknown
 from pipeline.config import TokenizeConfig
@@ -35,6 +36,11 @@ KINDS: dict[str, type[Spec]] = {
 SPECS_DIR = Path(__file__).parent / "specs"
 GRID = "grid"
 """Top-level field that makes a spec a study of several runs; read by `jobs.grid`."""
+MAX_DEPTH = 32
+_TAG = "tag:yaml.org,2002:"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_Place = Callable[[int], str]
+"""Line of a text to its place."""
 
 
 class SpecError(ValueError):
@@ -46,12 +52,18 @@ class SpecError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, reading `1e-3` as the number that it is in YAML 1.2."""
+    """PyYAML's safe loader with the numbers of YAML 1.2: `1e-3` is one, `1:30`, `1_000` and `2024-01-31` are text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {}  # PyYAML's are those of YAML 1.1
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", list("yYnNtTfFoO")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 @dataclass
@@ -62,6 +74,16 @@ class Document:
     data: dict[str, Any] = field(default_factory=dict)
     place_of: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[tuple[int, str]] = field(default_factory=list)
+    has_lines: bool = True
+    """Not so of the value of a `--set`."""
+
+    def add_problem(self, node: yaml.Node, message: str) -> None:
+        """Add what is wrong with a node."""
+        self.problems.append((node.start_mark.line + 1 if self.has_lines else 0, f"{self.spot(node)}: {message}"))
+
+    def spot(self, node: yaml.Node) -> str:
+        """Place of a node."""
+        return f"{self.name}:{node.start_mark.line + 1}" if self.has_lines else self.name
 
     def place(self, path: KeyPath) -> str:
         """Place of the value at `path`, or of the nearest mapping around it."""
@@ -120,60 +142,95 @@ def _read(path: Path) -> Document:
     except UnicodeDecodeError as error:
         raise SpecError([f"{path}: reading the spec: it must be UTF-8 text; save it as such"]) from error
     try:
-        document.data = _construct(document, _composed(path, text), ())
+        node = _composed(text, lambda line: f"{path}:{line}")
     except yaml.YAMLError as error:
-        raise SpecError([_syntax_problem(path, error)]) from error
+        raise SpecError([_syntax_problem(path, text, error)]) from error
+    if node is None:
+        raise SpecError([f"{path}:1: the spec is empty; begin with kind: and one of {', '.join(KINDS)}"])
+    data = _construct(document, node, ())
+    if not isinstance(data, dict):
+        raise SpecError([f"{path}:1: a spec must be a mapping of fields, got {quoted(data)}"])
+    document.data = data
     return document
 
 
-def _composed(path: Path, text: str) -> yaml.MappingNode:
+def _composed(text: str, place: _Place) -> yaml.Node | None:
+    """The node of a YAML text; raises SpecError for what would take more than its length to read."""
+    depth = 0
     for event in yaml.parse(text, Loader=_Loader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1 if event.start_mark else 1
             name = f"*{event.anchor}"
-            raise SpecError([f"{path}:{line}: {name} is an alias, which specs do not have; write the value out"])
-    node = yaml.compose(text, Loader=_Loader)
-    if node is None:
-        raise SpecError([f"{path}:1: the spec is empty; begin with kind: and one of {', '.join(KINDS)}"])
-    if not isinstance(node, yaml.MappingNode):
-        raise SpecError([f"{path}:1: a spec must be a mapping of fields, got {quoted(_scalar(node))}"])
-    return node
+            raise SpecError([f"{place(line)}: {name} is an alias, which specs do not have; write the value out"])
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise SpecError([f"{place(line)}: a spec must nest at most {MAX_DEPTH} levels, got more; flatten it"])
+    return yaml.compose(text, Loader=_Loader)
 
 
-def _syntax_problem(path: Path, error: yaml.YAMLError) -> str:
+def _syntax_problem(path: Path, text: str, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
+    line = 1 if mark is None else mark.line + 1
+    if isinstance(error, ReaderError):
+        line = text.count("\n", 0, error.position) + 1
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    place = f"{path}:{mark.line + 1}" if mark is not None else f"{path}:1"
-    return f"{place}: not valid YAML: {problem}; mend the line or the one before it"
+    return f"{path}:{line}: not valid YAML: {problem}; mend the line or the one before it"
 
 
 def _construct(document: Document, node: yaml.Node, path: KeyPath) -> Any:
-    document.place_of.setdefault(path, f"{document.name}:{node.start_mark.line + 1}")
+    document.place_of.setdefault(path, document.spot(node))
+    implied = _Loader("").resolve(type(node), node.value, (getattr(node, "style", "") is None, True))  # type: ignore[no-untyped-call]
+    if node.tag != implied:
+        tag = node.tag.replace(_TAG, "!!", 1)
+        document.add_problem(node, f"{_dotted(path)}a value must have no tag, got {tag}; leave it out")
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(document, node, path)
     if isinstance(node, yaml.SequenceNode):
         return [_construct(document, child, (*path, index)) for index, child in enumerate(node.value)]
-    return _scalar(node)
+    return _scalar(document, node, path) if node.tag == implied else _text(document, node, path)
 
 
 def _construct_mapping(document: Document, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "?"
-        dotted = ".".join(map(str, (*path, key)))
+        key = _text(document, key_node, path) if isinstance(key_node, yaml.ScalarNode) else "?"
         if key in data:
             first = document.place_of[(*path, key)].rpartition(":")[2]
-            message = f"{dotted} is given twice, first on line {first}; keep one"
-            document.problems.append((line, f"{document.name}:{line}: {message}"))
+            where = f", first on line {first}" if document.has_lines else ""
+            document.add_problem(key_node, f"{'.'.join(map(str, (*path, key)))} is given twice{where}; keep one")
             continue
-        document.place_of[(*path, key)] = f"{document.name}:{line}"
+        document.place_of[(*path, key)] = document.spot(key_node)
         data[key] = _construct(document, value_node, (*path, key))
     return data
 
 
-def _scalar(node: yaml.Node) -> Any:
-    return _Loader("").construct_object(node, deep=True)
+def _scalar(document: Document, node: yaml.Node, path: KeyPath) -> Any:
+    """The value of a scalar; its text where it has none, so that its field says what it must be."""
+    kind, text = node.tag.removeprefix(_TAG), _text(document, node, path)
+    if kind == "int" and re.match("[-+]?0[0-9]", text):
+        rule = f"a number must have no leading zeros, got {text}"
+        document.add_problem(node, f"{_dotted(path)}{rule}; remove them, write 0o for octal, or quote a text")
+        return text
+    if kind == "int":
+        try:
+            return int(text, base=0)
+        except ValueError:  # of more digits than Python reads
+            return text
+    return text if kind == "str" else _Loader("").construct_object(node)
+
+
+def _text(document: Document, node: yaml.Node, path: KeyPath) -> str:
+    text = str(node.value)
+    if not _SURROGATE.search(text):
+        return text
+    shown = text.encode(errors="backslashreplace").decode()
+    rule = f"a text must have whole characters, got '{shown}'"
+    document.add_problem(node, f"{_dotted(path)}{rule}; write the character itself")
+    return shown
+
+
+def _dotted(path: KeyPath) -> str:
+    return f"{'.'.join(map(str, path))}: " if path else ""
 
 
 def _override(document: Document, override: str) -> None:
@@ -183,9 +240,12 @@ def _override(document: Document, override: str) -> None:
     if not equals or not all(keys):
         raise SpecError([f"{place}: an override must be field=value or group.field=value, got {override!r}"])
     try:
-        value = yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
+        node = _composed(text, lambda _: place)
     except yaml.YAMLError as error:
         raise SpecError([f"{place}: the value must be YAML, got {text!r}; quote it"]) from error
+    read = Document(name=place, has_lines=False)
+    value = None if node is None else _construct(read, node, keys)
+    document.problems += read.problems
     lay_value(document, keys, value, place=place)
 
 

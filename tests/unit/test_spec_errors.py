@@ -129,10 +129,11 @@ def test_fields_of_a_union_member_get_suggestions_of_that_member(tmp_path: Path)
             "mend the line or the one before it",
         ),
         ("kind: &a train\nb: *a\n", "spec.yaml:2: *a is an alias, which specs do not have; write the value out"),
+        ("kind: train\na: " + 3000 * "[", "spec.yaml:2: a spec must nest at most 32 levels, got more; flatten it"),
         (
-            "kind: train\na: !!python/object:os.system x\n",
-            "spec.yaml:2: not valid YAML: could not determine a constructor for the tag "
-            "'tag:yaml.org,2002:python/object:os.system'; mend the line or the one before it",
+            "kind: train\nrun_dir: x\n# \x07\n",
+            "spec.yaml:3: not valid YAML: unacceptable character #x0007: special characters are not allowed; "
+            "mend the line or the one before it",
         ),
     ],
 )
@@ -217,3 +218,55 @@ def test_true_and_false_are_no_numbers(tmp_path: Path) -> None:
         "spec.yaml:5: num_steps must be a number, got True; write it in digits",
         "spec.yaml:6: optimizer.betas.1 must be a number, got False; write it in digits",
     ]
+
+
+LEADING_ZEROS = "remove them, write 0o for octal, or quote a text"
+
+
+def test_values_that_yaml_cannot_make_are_told_with_all_other_problems(tmp_path: Path) -> None:
+    text = """\
+kind: train
+run_dir: "runs/\\ud800"
+data: {shards: !!str 12}
+model: {size: B, window_size: !!int four}
+num_steps: 010
+seed: SEED
+sede: 1
+log_every_n_steps: !!python/object:os.system x
+""".replace("SEED", "9" * 5000)
+    assert problems(tmp_path, text) == [
+        r"spec.yaml:2: run_dir: a text must have whole characters, got 'runs/\ud800'; write the character itself",
+        "spec.yaml:3: data.shards: a value must have no tag, got !!str; leave it out",
+        "spec.yaml:4: model.window_size: a value must have no tag, got !!int; leave it out",
+        "spec.yaml:4: model.window_size must be a whole number, got 'four'",
+        f"spec.yaml:5: num_steps: a number must have no leading zeros, got 010; {LEADING_ZEROS}",
+        f"spec.yaml:6: seed must be a whole number, got '{56 * '9'}...",
+        "spec.yaml:7: sede is not a field; did you mean seed?",
+        "spec.yaml:8: log_every_n_steps: a value must have no tag, got !!python/object:os.system; leave it out",
+        "spec.yaml:8: log_every_n_steps must be a whole number, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!int x", "num_steps: a value must have no tag, got !!int; leave it out"),
+        ("010", f"num_steps: a number must have no leading zeros, got 010; {LEADING_ZEROS}"),
+        ("1:30", "num_steps must be a whole number, got '1:30'"),
+        ("2024-13-45", "num_steps must be a whole number, got '2024-13-45'"),
+        ("{a: 1, a: 2}", "num_steps.a is given twice; keep one"),
+        (3000 * "[", "a spec must nest at most 32 levels, got more; flatten it"),
+        ("*a", "*a is an alias, which specs do not have; write the value out"),
+    ],
+)
+def test_a_value_of_an_override_is_read_as_strictly(tmp_path: Path, value: str, message: str) -> None:
+    assert problems(tmp_path, TRAIN, f"num_steps={value}")[0] == f"--set num_steps={value}: {message}"
+
+
+def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(TRAIN.replace("runs/x", "2024-13-45").replace("num_steps: 5", "num_steps: 0o17\nseed: 0x1F"))
+    spec = load_spec(path, ["log_every_n_steps=+8", "optimizer.learning_rate=5.e-4", "optimizer.max_grad_norm=.5"])
+    assert spec.kind == "train"
+    assert (spec.run_dir, spec.num_steps, spec.seed, spec.log_every_n_steps) == ("2024-13-45", 15, 31, 8)
+    assert (spec.optimizer.learning_rate, spec.optimizer.max_grad_norm) == (0.0005, 0.5)
