@@ -122,7 +122,7 @@ def _laid(document: Document, cases: Sequence[Case], *, name: str, chosen: dict[
         for path, place in document.place_of.items():
             if path[: len(source)] == source:
                 laid.place_of[(*field, *path[len(source) :])] = place
-    if isinstance(data.get("run_dir"), str):
+    if isinstance(data.get("run_dir"), str) and data["run_dir"].strip():  # else it stays as it is, and is refused
         data["run_dir"] = _below(data["run_dir"], name, document=laid)
     filling = _Filling(laid, {"run": name, **chosen})
     laid.data = filling.fill(data)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from tokenization.config import Config, Fraction, TokenizerConfig, ViewsConfig
+from tokenization.config import Config, Fraction, Place, TokenizerConfig, ViewsConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**56)]
 """What every counter-based draw is keyed by."""
@@ -18,9 +18,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**56)]
 class ListedFilesConfig(Config):
     """Base of the sources whose files are named one by one."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[Place, ...] = ()
     """Paths or s3:// URLs; braces (`{00000..00009}`) and globs are expanded, the order is kept."""
-    urls_file: str | None = None
+    urls_file: Place | None = None
     """Text file with one such URL a line, instead of `urls`; lines that begin with # are comments."""
 
     @model_validator(mode="after")
@@ -35,7 +35,7 @@ class WebDatasetConfig(ListedFilesConfig):
     """Tars of samples; one tar is one work unit."""
 
     kind: Literal["webdataset"]
-    class_names: str | None = None
+    class_names: Place | None = None
     """Text file with one class name a line, in label order; stored in the manifest."""
     caption_field: str = "caption"
     """Field of a sample's JSON that holds the caption; a `txt` member wins."""
@@ -47,7 +47,7 @@ class ImageFolderConfig(Config):
     """A tree of image files; a fixed run of sorted files is one work unit."""
 
     kind: Literal["image_folder"]
-    root: str
+    root: Place
     """Folder or s3:// URL that the images lie below."""
     layout: Literal["class_per_folder", "captions"] = "class_per_folder"
     """`class_per_folder`: its sub-folders are the classes, in sorted order (ImageFolder's rule); `captions`: each image
@@ -68,7 +68,7 @@ class ParquetConfig(ListedFilesConfig):
     """Column of integer labels; Hugging Face's ClassLabel also gives the class names."""
     extra_columns: tuple[str, ...] = ()
     """Columns that are kept as they are, beside the codes; no other column is read."""
-    class_names: str | None = None
+    class_names: Place | None = None
     """Text file with one class name a line, in label order, instead of those that the files hold."""
     row_groups_per_unit: PositiveInt = 1
     """Row groups per work unit; a unit never spans two files."""
@@ -78,7 +78,7 @@ class Img2DatasetConfig(Config):
     """An output folder of img2dataset in its webdataset format; one tar is one work unit."""
 
     kind: Literal["img2dataset"]
-    root: str
+    root: Place
     """Folder or s3:// URL with NNNNN.tar, NNNNN.parquet and NNNNN_stats.json."""
     caption_column: str = "caption"
     """Column of the sidecar that holds the captions; where it is missing or null, a `txt` member is the caption."""
@@ -139,7 +139,7 @@ class TokenizeConfig(Config):
     """`kind: tokenize`: a corpus of images in, WebDataset shards of codes out."""
 
     kind: Literal["tokenize"]
-    run_dir: str
+    run_dir: Place
     """The shard set: shards/, ledger/, rejects/, manifest.json."""
     source: SourceConfig
     tokenizer: TokenizerConfig
@@ -160,7 +160,7 @@ class TokenizeConfig(Config):
 class MixturePartConfig(Config):
     """One shard set of a mixture."""
 
-    shards: str
+    shards: Place
     """Directory or s3:// URL of a shard set (the `run_dir` of a tokenize job)."""
     weight: PositiveFloat
     """Its share of all samples, relative to the other parts' weights; decimals are taken exactly."""
@@ -169,7 +169,7 @@ class MixturePartConfig(Config):
 class LoaderConfig(Config):
     """How shards become batches."""
 
-    shards: str | None = None
+    shards: Place | None = None
     """Directory or s3:// URL of a shard set (the `run_dir` of a tokenize job)."""
     mixture: tuple[MixturePartConfig, ...] = ()
     """Several shard sets of one tokenizer instead of `shards`, each read epoch by epoch at the pace of its weight."""
@@ -179,7 +179,7 @@ class LoaderConfig(Config):
     """Seed of the order; order = f(seed, epoch)."""
     on_damage: Literal["fail", "replace"] = "fail"
     """What a damaged sample does: end the run, or be replaced by another one of its shard, with a warning of both."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Local directory that shards on S3 are downloaded to, shared by all ranks of a machine; none is below TMPDIR."""
     max_cache_gb: PositiveFloat = 20.0
     """What `cache_dir` may hold, in 10^9 bytes, for all ranks of a machine together."""

@@ -10,6 +10,7 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,6 +24,18 @@ from pydantic import (
 MIN_FIT_SIZE_PX = 8
 """The loss of a fit halves images three times."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _check_place(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"a path or URL must be given, got {value!r}; name one")
+    if "$" in value:
+        raise ValueError(f"environment variables are not expanded, got {value!r}; write the path out")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_check_place)]
+"""A path, or a URL where its field takes one."""
 
 
 class Config(BaseModel):
@@ -108,11 +121,11 @@ class FitTokenizerConfig(Config):
     """`kind: fit_tokenizer`: train a small VQ tokenizer on a folder of images."""
 
     kind: Literal["fit_tokenizer"]
-    run_dir: str
+    run_dir: Place
     """Directory of this run: checkpoints, metrics and the final weights."""
-    images: str
+    images: Place
     """Folder of training images, searched recursively (a class-per-folder tree works)."""
-    validation_images: str
+    validation_images: Place
     """Folder of held-out images, searched recursively."""
     image_size_px: PositiveInt = 64
     """Side in px that images are cropped to."""
@@ -140,7 +153,7 @@ class FitTokenizerConfig(Config):
     """Weight of the absolute error of image gradients (sharp edges) beside that of pixels, which is 1."""
     squared_weight: NonNegativeFloat = 0.0
     """Weight of the squared error of pixels, which punishes a wrong colour most and is what PSNR measures."""
-    warm_start: str | None = None
+    warm_start: Place | None = None
     """Tokenizer weights to begin from, of the same network; then there is no plain-autoencoder phase."""
     ema_decay: Fraction = 0.999
     """Decay of the weight average that is saved."""

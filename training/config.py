@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import ClusterConfig, LoaderConfig, S3Config, Seed
-from tokenization.config import Config, Fraction, TokenizerConfig
+from tokenization.config import Config, Fraction, Place, TokenizerConfig
 from training.recipe import Recipe, with_recipe
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -232,7 +232,7 @@ class CheckpointConfig(Config):
 class ValidationConfig(Config):
     """Held-out measurement during training."""
 
-    shards: str
+    shards: Place
     """Directory or s3:// URL of a held-out shard set."""
     every_n_steps: PositiveInt = 500
     num_samples: PositiveInt = 512
@@ -243,7 +243,7 @@ class TrainConfig(Config):
     """`kind: train`: shards of codes in, a run with checkpoints out."""
 
     kind: Literal["train"]
-    run_dir: str
+    run_dir: Place
     """Directory of this run: checkpoints/, metrics.jsonl, tensorboard/, logs/."""
     data: LoaderConfig
     model: ModelConfig
@@ -262,7 +262,7 @@ class TrainConfig(Config):
     """Steps that may be skipped because loss or gradient norm is not finite, over the whole run; one more ends it."""
     wandb_project: str | None = None
     """Weights & Biases project that the metrics go to as well (needs the `wandb` package)."""
-    warm_start: str | None = None
+    warm_start: Place | None = None
     """Weights to begin from: a run directory, our `.safetensors`, or a LlamaGen checkpoint."""
     seed: Seed = 0
     """Seed of initialisation, noise, dropout and own drafts."""
@@ -363,9 +363,9 @@ class SampleConfig(Config):
     """`kind: sample`: weights in, pictures out."""
 
     kind: Literal["sample"]
-    run_dir: str
+    run_dir: Place
     """Directory of the results: grid.png, images/, codes.npy, samples.npz, strip.png, samples.json."""
-    weights: str
+    weights: Place
     """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
     use_ema: bool = False
     """Whether to sample from the run's moving average of the weights."""

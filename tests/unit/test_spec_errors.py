@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.grid import load_job
 from jobs.spec import SpecError, load_spec
 
 TRAIN = """\
@@ -270,3 +271,23 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert spec.kind == "train"
     assert (spec.run_dir, spec.num_steps, spec.seed, spec.log_every_n_steps) == ("2024-13-45", 15, 31, 8)
     assert (spec.optimizer.learning_rate, spec.optimizer.max_grad_norm) == (0.0005, 0.5)
+
+
+@pytest.mark.parametrize("grid", ["", "grid: {seed: [0, 1]}\n"], ids=["job", "study"])
+def test_a_place_must_be_given_and_has_no_variables(tmp_path: Path, grid: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(TRAIN.replace("runs/x", "''").replace("runs/codes", "$CODES") + "warm_start: ' '\n" + grid)
+    with pytest.raises(SpecError) as caught:
+        load_job(path, ["validation={shards: $HOME/x}"])
+    assert str(caught.value).replace(str(path), "spec.yaml").splitlines() == [
+        "--set validation={shards: $HOME/x}: validation.shards: environment variables are not expanded, got "
+        "'$HOME/x'; write the path out",
+        "spec.yaml:2: run_dir: a path or URL must be given, got ''; name one",
+        "spec.yaml:3: data.shards: environment variables are not expanded, got '$CODES'; write the path out",
+        "spec.yaml:6: warm_start: a path or URL must be given, got ' '; name one",
+    ]
+
+
+def test_the_root_of_a_source_must_be_given(tmp_path: Path) -> None:
+    text = "kind: tokenize\nrun_dir: x\nsource: {kind: image_folder, root: ''}\ntokenizer: {weights: x}\n"
+    assert problems(tmp_path, text) == ["spec.yaml:3: source.root: a path or URL must be given, got ''; name one"]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.config import S3Config, Seed, SourceConfig
-from tokenization.config import Config, TokenizerConfig
+from tokenization.config import Config, Place, TokenizerConfig
 from training.config import DraftPolicy, DType, NoiseConfig, SamplerConfig
 
 MIN_HALF = 4
@@ -25,7 +25,7 @@ FREE_FIELDS = ("device", "features.cache_dir", "ops", "s3")
 class ControlConfig(Config):
     """The model that the evaluated one is held against: the same base, trained on for as many steps without windows."""
 
-    weights: str
+    weights: Place
     """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
     use_ema: bool = False
     """Whether to take the run's moving average of the weights."""
@@ -37,7 +37,7 @@ class ControlConfig(Config):
 class HeldOutConfig(Config):
     """Codes that the model has not seen, and how many of them are scored."""
 
-    shards: str
+    shards: Place
     """Directory or s3:// URL of a held-out shard set."""
     num_samples: PositiveInt = 1024
     """Samples scored, spread evenly over the set; all where it has fewer."""
@@ -74,7 +74,7 @@ class ReferenceConfig(Config):
 class TrainingSetConfig(Config):
     """Where memorised samples are looked for: the codes that the model was trained on."""
 
-    shards: str
+    shards: Place
     """Directory or s3:// URL of the training shard set; its codes are decoded."""
     num_samples: Annotated[int, Field(ge=2)] | None = None
     """Samples looked at, spread evenly over the set, two or more; none is all. Each is compared with all others, so
@@ -88,9 +88,9 @@ class FeaturesConfig(Config):
 
     network: Literal["efficientnet-lite0", "inception-v3"] = "efficientnet-lite0"
     """`efficientnet-lite0` (the extra `evaluate`), or `inception-v3`, that of published FIDs (torch-fidelity's)."""
-    weights: str | None = None
+    weights: Place | None = None
     """File of its weights; none is the one that the package brings, which only `efficientnet-lite0` has."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Local directory where features of real images are kept by their content, for all jobs that name it; none."""
 
     @model_validator(mode="after")
@@ -150,7 +150,7 @@ class CaptionsConfig(Config):
     A linear map from features to embeddings of captions is fitted on the tuning half, whose captions the corpus gives.
     """
 
-    of_classes: str | None = None
+    of_classes: Place | None = None
     """Text file or s3:// URL with the caption of a class a line, in label order; none is the class names of the
     held-out shard set, which must be words then (`folded-hands`, not `n01440764`)."""
     penalty: PositiveFloat = 0.1
@@ -183,9 +183,9 @@ class EvaluateConfig(Config):
     """`kind: evaluate`: a model in, what it is worth out, beside a control and beside real images."""
 
     kind: Literal["evaluate"]
-    run_dir: str
+    run_dir: Place
     """Directory or s3:// URL of the results: evaluation.json, report.html, samples.npz, pictures.npz, stages/."""
-    weights: str
+    weights: Place
     """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
     use_ema: bool = False
     """Whether to take the run's moving average of the weights."""
