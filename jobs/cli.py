@@ -22,8 +22,9 @@ from jobs.grid import Study, load_job
 from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
 from pipeline.config import S3Config, TokenizeConfig
+from pipeline.local_storage import local_path
 from pipeline.sigterm import TerminatedError, raised_on_sigterm
-from pipeline.storage import open_storage
+from pipeline.storage import ArtifactError, open_storage
 from training.config import TrainConfig
 
 EXIT_FAILED = 1
@@ -32,13 +33,20 @@ EXIT_INTERRUPTED = 130
 
 OUR_PACKAGES = ("tokenization", "pipeline", "training", "jobs")
 
+
+class _LocalPath(click.Path):
+    """A path on this machine, `~` expanded; a URL is refused before a path is made of it, which would fold its `//`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(value), param, ctx)
+        except ArtifactError as error:
+            self.fail(str(error), param, ctx)
+
+
+LOCAL_DIRECTORY = _LocalPath(path_type=Path)
 RUN_ROOT = click.option(
-    "--dir",
-    "run_root",
-    default="runs/demo",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Runs and report.",
+    "--dir", "run_root", default="runs/demo", show_default=True, type=LOCAL_DIRECTORY, help="Runs and report."
 )
 DIRECTORY = click.argument("directory", metavar="DIR")
 ENDPOINT_URL = click.option("--endpoint-url", help="S3-compatible server, where DIR is an s3:// URL.")
@@ -49,7 +57,7 @@ ONLY = click.option(
     "--only", "selections", multiple=True, metavar="AXIS=CASE,...", help="Of a study, these runs alone; repeatable."
 )
 DATA_ROOT = click.option(
-    "--data", "data_root", default="data", show_default=True, type=click.Path(path_type=Path), help="Corpus, downloads."
+    "--data", "data_root", default="data", show_default=True, type=LOCAL_DIRECTORY, help="Corpus, downloads."
 )
 
 
@@ -139,6 +147,10 @@ def plan(*, spec_path: Path, overrides: tuple[str, ...], selections: tuple[str, 
     from jobs.plan import plan_summary, plan_table  # noqa: PLC0415  (imports torch)
 
     world_size = ranks or spec.cluster.num_workers
+    try:
+        spec.engine.grad_accumulation(world_size)
+    except ValueError as error:
+        raise SpecError([f"{spec_path}: {error}"]) from error
     Console().print(plan_table(spec, world_size=world_size))
     click.echo(plan_summary(spec, world_size=world_size))
 
@@ -194,7 +206,7 @@ def retry_rejects(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
 @DIRECTORY
 @ENDPOINT_URL
 def status(*, directory: str, endpoint_url: str | None) -> None:
-    """Tell how far a tokenize job is (units, samples, rejects, time per stage), or a study (the state of its runs)."""
+    """Tell how far a job is: units, rejects and time per stage, steps and measures, or the state of a study's runs."""
     s3 = S3Config(endpoint_url=endpoint_url)
     storage = open_storage(directory, s3=s3)
     # Both import numpy, the other one pyarrow too.
@@ -204,6 +216,13 @@ def status(*, directory: str, endpoint_url: str | None) -> None:
         from jobs.study_table import runs_table  # noqa: PLC0415
 
         Console().print(runs_table(read_study(directory, s3=s3)))
+        return
+    from pipeline.resume import PLAN_NAME  # noqa: PLC0415
+
+    if storage.find(PLAN_NAME) is None:
+        from jobs.run_status import run_table  # noqa: PLC0415
+
+        Console().print(run_table(storage))
         return
     from pipeline.status import read_status, status_table  # noqa: PLC0415
 
@@ -232,7 +251,7 @@ def verify(*, directory: str, endpoint_url: str | None, deep: bool, max_differin
 @main.command()
 @DIRECTORY
 @ENDPOINT_URL
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page; default DIR/preview.html.")
+@click.option("--output", type=_LocalPath(dir_okay=False, path_type=Path), help="The page; default DIR/preview.html.")
 def preview(*, directory: str, endpoint_url: str | None, output: Path | None) -> None:
     """Write an HTML page of a shard set: pictures decoded from codes, captions, codebook usage, ledger totals."""
     from pipeline.preview import write_preview  # noqa: PLC0415  (imports torch to decode)

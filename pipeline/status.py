@@ -134,8 +134,7 @@ def read_status(storage: Storage) -> JobStatus:
         num_units = int(json.loads(storage.read_bytes(PLAN_NAME))["num_units"])
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(
-            f"status of {storage}: it must hold the plan.json of a tokenize job or the study.json of a study, got "
-            f"{error}; check the path"
+            f"status of {storage}: it must hold the plan.json of a tokenize job, got {error}; check the path"
         ) from error
     tally = Tally()
     for _, record in Ledger(storage).records():

@@ -355,4 +355,4 @@ def test_status_tells_what_is_done_and_what_was_rejected(root: Path) -> None:
 def test_status_of_a_directory_without_a_job_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["status", str(tmp_path)])
     assert result.exit_code == 1
-    assert "it must hold the plan.json of a tokenize job" in result.output
+    assert "it must be the run_dir of a job or a study, got no spec.json" in result.output

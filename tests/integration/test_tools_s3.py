@@ -1,5 +1,6 @@
 """`tensorar export` and `tensorar retry-rejects` from S3 to S3: the bytes of the local run."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,16 @@ def test_rejects_retried_on_s3_end_in_the_bytes_of_a_local_retry(tmp_path: Path,
         sets[place] = contents_of(storage, "shards/", "rejects/", "manifest.json", "shardindex.json")
     assert "shards/00002.tar" in sets[s3_url]  # two units of the folder, and the appended one
     assert sets[s3_url] == sets[str(tmp_path)]
+
+
+def test_status_of_a_training_run_is_read_where_the_run_is(s3_url: str) -> None:
+    storage = open_storage(f"{s3_url}/run")
+    storage.write_json("spec.json", {"kind": "train", "num_steps": 20})
+    line = {"step": 10, "split": "train", "elapsed_s": 4.0, "loss": 2.5, "loss_of_offset": [2.25]}
+    storage.write_bytes("metrics.jsonl", json.dumps(line).encode() + b"\n")
+    told = invoke("status", f"{s3_url}/run")
+    assert "step 10 of 20" in told
+    assert "not done; run the spec again to go on" in told
 
 
 def test_debug_lines_hold_no_secret(s3_url: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

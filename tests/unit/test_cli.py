@@ -285,3 +285,70 @@ def test_one_torchrun_at_a_time_may_write_a_directory(tmp_path: Path, monkeypatc
     monkeypatch.setenv("RANK", "1")  # the first rank holds the lock for all
     with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="join ranks: "):
         run_spec(spec)
+
+
+@pytest.mark.parametrize("option", ["--dir", "--data"])
+def test_a_url_where_the_demo_needs_a_directory_is_a_wrong_command(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("demo", option, "s3://bucket/x")
+    assert result.exit_code == 2
+    assert "open s3://bucket/x: storage must be local or mounted, got 's3://bucket/x'; use a directory path" in (
+        result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def told_rows(result: Result) -> dict[str, str]:
+    """Name and value of the lines of a table without a heading."""
+    cells = [line.strip("\u2502").split("\u2502") for line in result.stdout.splitlines() if "\u2502" in line]
+    return {name.strip(): value.strip() for name, value in cells}
+
+
+def test_status_of_a_training_run_is_its_step_its_measures_and_its_speed(tmp_path: Path) -> None:
+    spec = load_spec(shipped_spec("train_base"), [f"run_dir={tmp_path / 'run'}", "num_steps=20"])
+    remember_spec(spec)
+    assert told_rows(call("status", str(tmp_path / "run"))) == {
+        "kind": "train",
+        "state": "not done; run the spec again to go on",
+    }
+    line = {
+        "step": 10,
+        "split": "train",
+        "elapsed_s": 4.0,
+        "loss": 2.5,
+        "loss_of_offset": [2.25],
+        "samples_per_s": 160.0,
+    }
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with exclusive(tmp_path / "run"):
+        result = call("status", str(tmp_path / "run"))
+    assert (result.exit_code, told_rows(result)) == (
+        0,
+        {
+            "kind": "train",
+            "state": "running",
+            "progress": "step 10 of 20",
+            "train_loss_0": "2.250",
+            "train_loss": "2.500",
+            "steps": "10",
+            "seconds": "4",
+            "samples per s": "160.0",
+        },
+    )
+
+
+def test_status_of_a_sample_run_says_that_it_is_done(tmp_path: Path) -> None:
+    remember_spec(load_spec(shipped_spec("sample_base"), [f"run_dir={tmp_path / 'run'}"]))
+    record = {"flip_rate": None, "num_backbone_calls": 64, "images_per_s": 12.5}
+    (tmp_path / "run" / "samples.json").write_text(json.dumps(record))
+    result = call("status", str(tmp_path / "run"))
+    expected = {"kind": "sample", "state": "done", "num_backbone_calls": "64", "images_per_s": "12.50"}
+    assert (result.exit_code, told_rows(result)) == (0, expected)
+
+
+def test_status_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    result = call("status", str(tmp_path))
+    rule = "it must be the run_dir of a job or a study, got no spec.json; check the path"
+    assert (result.exit_code, result.stderr) == (1, f"error: status of {tmp_path}: {rule}\n")

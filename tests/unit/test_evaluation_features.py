@@ -80,6 +80,14 @@ def test_images_of_another_kind_are_refused(features: Features) -> None:
         features.extract(images(1, 32).transpose(0, 3, 1, 2))
 
 
+def test_weights_below_the_home_of_the_user_are_found(
+    features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.pth").symlink_to(WEIGHTS)
+    assert load_features("efficientnet-lite0", device="cpu", weights="~/mine.pth").digest == features.digest
+
+
 def test_weights_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights must be a file, got"):
         load_features("efficientnet-lite0", device="cpu", weights=str(tmp_path / "none.pth"))

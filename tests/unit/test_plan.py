@@ -85,6 +85,13 @@ def test_the_command_shows_every_stage_and_a_verdict() -> None:
     assert "each rank needs" in result.output or "fits" in result.output
 
 
+def test_ranks_that_the_batch_does_not_divide_over_are_a_wrong_command() -> None:
+    path = SPECS / "train_llamagen_b.yaml"
+    result = CliRunner().invoke(main, ["plan", str(path), "--ranks", "3"])
+    rule = "engine.global_batch_size must be a multiple of micro_batch_size * world_size = "
+    assert (result.exit_code, result.stderr.startswith(f"{path}: {rule}")) == (2, True), result.output
+
+
 def test_only_training_can_be_planned() -> None:
     result = CliRunner().invoke(main, ["plan", str(SPECS / "tokenize_folder.yaml")])
     assert result.exit_code == 2

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from toy_corpus import png, sample_members, tokenize_config, tokenize_here, write_tar, write_tiny_tokenizer
 
+from jobs.cli import main
 from pipeline.ledger import read_manifest
 from pipeline.preview import write_preview
 from pipeline.shards import read_shard
@@ -86,6 +88,15 @@ def test_few_pictures_are_spread_over_the_set(shard_set: Path, tmp_path: Path) -
     write_preview(open_storage(str(shard_set)), output=tmp_path / "p.html", num_samples=4)
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert re.findall(r"<code>(\d+)</code>\s*</figcaption>", page) == ["0000000", "0000004", "0000103", "0000202"]
+
+
+def test_the_page_goes_where_the_command_says_below_the_home_of_the_user(
+    shard_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = CliRunner().invoke(main, ["preview", str(shard_set), "--output", "~/page.html"])
+    assert (result.exit_code, result.output) == (0, f"preview: {tmp_path}/page.html\n")
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_another_tokenizer_is_refused(shard_set: Path, tmp_path: Path) -> None:

