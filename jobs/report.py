@@ -19,6 +19,7 @@ from PIL import Image
 from jobs.charts import Curve, curves_of, limits_of, loss_chart
 from jobs.pictures import Pair, data_uri, held_out_pairs
 from jobs.run import SPEC_NAME
+from jobs.spec import from_here, shipped_spec
 from jobs.timings import read_timings
 from pipeline.ledger import read_manifest
 from pipeline.local_storage import write_bytes
@@ -119,6 +120,7 @@ def write_report(run_root: Path, *, data_root: Path) -> Path:
         times=_times(run_root, runs, pictures),
         files=_files(run_root, data_root),
         run_root=run_root,
+        sample_spec=from_here(shipped_spec("sample_tensorar")),
     )  # fmt: skip
     path = run_root / REPORT_NAME
     write_bytes(path, page.encode())

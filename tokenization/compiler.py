@@ -38,7 +38,9 @@ def compile_library(
     cuda_command: Sequence[str] = (),
     linker: Sequence[str] = (),
 ) -> None:
-    """Compile sources and put the library in its place in one rename.
+    """Compile sources below TMPDIR, where a build that is killed leaves its scratch, and put the library in its place.
+
+    It takes its place in one rename: a process that has the old one open keeps it.
 
     Args:
         sources: .cpp files, each compiled once per instruction set, and .cu files.
@@ -52,7 +54,7 @@ def compile_library(
         BuildError: there is no compiler, or it failed.
     """
     host = [*find_compiler(), *LANGUAGE, "-fPIC", "-fvisibility=hidden", f"-I{HEADERS}", *flags]
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-ops-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="build-ops-") as scratch:
         commands: list[list[str]] = []
         for source in sources:
             if source.suffix == ".cu":
@@ -63,10 +65,15 @@ def compile_library(
                 commands.append([*command, "-c", str(source), "-o", f"{scratch}/{source.stem}-{name}.o"])
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(run_compiler, commands))
-        staged = Path(scratch) / target.name
+        linked = Path(scratch) / target.name
         objects = [command[-1] for command in commands]
-        run_compiler([*(linker or find_compiler()), "-shared", *objects, "-o", str(staged), *libraries])
-        staged.replace(target)
+        run_compiler([*(linker or find_compiler()), "-shared", *objects, "-o", str(linked), *libraries])
+        staged = target.with_name(f".build-ops-{os.getpid()}")
+        try:
+            shutil.copy(linked, staged)
+            staged.replace(target)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def run_compiler(command: list[str]) -> str:

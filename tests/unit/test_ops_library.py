@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,20 @@ def test_an_error_of_the_compiler_is_shown_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(BuildError, match=r"(?s)failed:.*broken\.cpp"):
         build_library([source], tmp_path / "_ops.so")
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_build_that_is_killed_leaves_nothing_beside_the_library(tmp_path: Path) -> None:
+    compiler, package = tmp_path / "compiler", tmp_path / "package"
+    compiler.write_text("#!/bin/sh\nkill -9 $PPID\n")
+    compiler.chmod(0o755)
+    package.mkdir()
+    code = (
+        "from pathlib import Path; from tokenization.compiler import compile_library; "
+        f"compile_library([Path('x.cpp')], Path({str(package / '_ops.so')!r}), flags=())"
+    )
+    environment = os.environ | {"CXX": str(compiler), "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
+    assert list(package.iterdir()) == []
 
 
 def test_cuda_is_built_where_it_can_be_and_insisted_on_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jobs
 from jobs.charts import curves_of, limits_of, loss_chart
 from jobs.pictures import Pair
 from jobs.report import _minutes, write_report
@@ -118,6 +119,15 @@ def test_the_page_shows_everything_and_fetches_nothing(demo: Path) -> None:
     assert "20 steps of 64 samples at 115 samples/s" in page
     assert "4 pictures at 2.5 pictures/s" not in page, "a stage without a time has no line"
     assert page.index("face &amp; hat") > page.index("time"), "the classes come in the order of the labels asked for"
+
+
+def test_the_next_command_names_the_shipped_spec_from_any_directory(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = write_report(demo, data_root=demo.parent / "data").read_text()
+    spec = Path(jobs.__file__).parent / "specs" / "sample_tensorar.yaml"
+    assert f"tensorar run {spec} --set weights={demo}/tensorar" in page
 
 
 def test_the_page_is_the_same_when_written_again(demo: Path) -> None:
