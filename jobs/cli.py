@@ -54,7 +54,11 @@ OVERRIDES = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable."
 )
 ONLY = click.option(
-    "--only", "selections", multiple=True, metavar="AXIS=CASE,...", help="Of a study, these runs alone; repeatable."
+    "--only",
+    "selections",
+    multiple=True,
+    metavar="AXIS=CASE,...",
+    help="Of a study, the runs of all these cases alone; given again, those runs too.",
 )
 DATA_ROOT = click.option(
     "--data", "data_root", default="data", show_default=True, type=LOCAL_DIRECTORY, help="Corpus, downloads."
