@@ -30,9 +30,9 @@ from pipeline.storage import (
     DirectoryInUseError,
     FileInfo,
     Storage,
-    StorageFullError,
     StorageUnavailableError,
     json_bytes,
+    raise_full,
 )
 
 if TYPE_CHECKING:
@@ -79,12 +79,9 @@ def stage(path: Path) -> Iterator[Path]:
         commit(staged_path, path)
     except BaseException as error:
         _remove_any(staged_path)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = (error.strerror or "disk full").lower()
-            raise StorageFullError(
-                f"write {path}: {reason}; free some space and run the same command again, what is committed is kept"
-            ) from error
         if isinstance(error, OSError):
+            action = "free some space and run the same command again, what is committed is kept"
+            raise_full(error, doing=f"write {path}", action=action)
             raise_outage(error, doing=f"write {path}")
         raise
 

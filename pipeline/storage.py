@@ -7,6 +7,7 @@ Listings carry size and mark, so that a scan of 100,000 files needs no request f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -40,6 +41,12 @@ class StorageFullError(ArtifactError):
 
 class StorageUnavailableError(ArtifactError):
     """The storage does not answer, or lets nobody in; what is asked for may be whole, and trying later may help."""
+
+
+def raise_full(error: OSError, *, doing: str, action: str) -> None:
+    """Raise StorageFullError if an error says that there is no room; else return."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise StorageFullError(f"{doing}: {(error.strerror or 'disk full').lower()}; {action}") from error
 
 
 def next_action(error: BaseException, *, otherwise: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -19,7 +20,7 @@ from pipeline.s3.reader import open_reader
 from pipeline.s3.requests import Answer, S3Requests
 from pipeline.s3.staging import remove_dead_directories, staging_directory
 from pipeline.s3.upload import abort_uploads, find_uploads, put, upload
-from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage
+from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage, raise_full
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}")
 
@@ -80,10 +81,15 @@ class S3Storage(Storage):
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Path]:
         """See `Storage.stage`; the local path is in a directory below TMPDIR."""
-        with staging_directory() as directory:
-            staged_path = directory / PurePosixPath(name).name
-            yield staged_path
-            self.requests.wait(upload(self.requests, self.base + name, staged_path))
+        try:
+            with staging_directory() as directory:
+                staged_path = directory / PurePosixPath(name).name
+                yield staged_path
+                self.requests.wait(upload(self.requests, self.base + name, staged_path))
+        except OSError as error:
+            place = f"stage {self.url_of(name)} in {tempfile.gettempdir()}"
+            raise_full(error, doing=place, action="free some space there or set TMPDIR, and run the same command again")
+            raise
 
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""

@@ -1,8 +1,10 @@
 """What only S3 has: credentials and their errors, open uploads, the lock object, other processes."""
 
+import errno
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from s3_server import S3Server
 from pipeline.config import S3Config
 from pipeline.s3 import lock, staging
 from pipeline.s3.storage import S3Storage
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import ArtifactError, StorageFullError, open_storage
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -208,6 +210,20 @@ def test_staged_files_lie_in_tmpdir(storage: S3Storage, monkeypatch: pytest.Monk
         assert tmp_path in path.parents
         path.write_bytes(b"1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_tmpdir_without_room_for_a_directory_is_full(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    place = f"stage {storage.url}/a in {tmp_path}: {os.strerror(number).lower()}; free some space there or set TMPDIR"
+    with pytest.raises(StorageFullError, match=place), storage.stage("a"):
+        raise AssertionError("staged nowhere")
 
 
 def test_local_files_of_a_killed_process_are_removed_and_those_of_a_living_one_kept(

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.storage import ArtifactError, Storage, open_storage
+from pipeline.storage import ArtifactError, Storage, StorageFullError, open_storage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -101,6 +101,18 @@ def test_a_failed_stage_leaves_the_old_file_and_no_local_one(storage: Storage) -
     assert list(storage.list()) == ["a"]
     assert not paths[0].exists()
     assert storage.remove_staged() == 0
+
+
+def test_a_full_disk_is_told_with_its_place_and_commits_nothing(storage: Storage) -> None:
+    def write() -> None:
+        with storage.stage("a.tar") as path:
+            path.symlink_to("/dev/full")
+            path.write_bytes(b"1")
+
+    with pytest.raises(StorageFullError, match=rf"{storage.url}/a.tar.*: no space left on device; free .* and "):
+        write()
+    assert storage.find("a.tar") is None
+    assert storage.find_staged() == ()
 
 
 def test_an_open_file_seeks_and_reads_as_bytes_do(storage: Storage) -> None:
