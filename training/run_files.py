@@ -2,7 +2,8 @@
 
 They are written locally, below `local_run_dir`; a run_dir on a file system is that place itself and nothing is copied.
 What a resume needs (metrics.jsonl, skipped_steps.jsonl) is there before the checkpoint of its step is; the rest follows
-in the background. A copy that fails is a warning: the run is worth more than its logs.
+in the background. A copy that fails is a warning: the run is worth more than its logs. What cannot be brought back ends
+the start: the next copy would replace it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from pipeline.storage import ArtifactError, Storage, open_storage
@@ -35,6 +35,9 @@ class RunFiles:
         Args:
             config: of the run.
             rank: rank 0 has the metrics; every rank has a log.
+
+        Raises:
+            ArtifactError: the stored log cannot be read.
         """
         self.directory = local_run_dir(config.run_dir)
         """Where metrics and logs are written."""
@@ -46,17 +49,23 @@ class RunFiles:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-files")
         self._pending: Future[None] | None = None
         self._has_records = False
-        self._try(self._bring_log)
+        if self._storage is not None:
+            self._bring_log(self._storage)
 
     def bring_records(self, *, step: int) -> None:
-        """Bring back the metrics of a run that goes on after `step`, where the storage holds more of them; rank 0."""
+        """Bring back the metrics of a run that goes on after `step`, where the storage holds more of them; rank 0.
+
+        Raises:
+            ArtifactError: they cannot be read; they are not copied then either.
+        """
+        if self._storage is not None:
+            for name in _RECORDS:
+                self._bring_longer(self._storage, name=name, step=step)
         self._has_records = True
-        for name in _RECORDS:
-            self._try(partial(self._bring_longer, name=name, step=step))
 
     def publish_records(self) -> None:
         """Copy what a resume needs; returns when it is there. To be called before a checkpoint is saved."""
-        if self._has_records:  # else this machine's may be older than the stored ones
+        if self._has_records:  # else the stored ones may be newer, or not to be read now
             self._try(lambda storage: self._copy(storage, [self.directory / name for name in _RECORDS]))
 
     def publish(self) -> None:
@@ -83,7 +92,7 @@ class RunFiles:
             return
         try:
             work(self._storage)
-        except ArtifactError as error:
+        except (ArtifactError, OSError) as error:
             logger.warning("metrics and logs of %s: %s; training goes on", self._storage, error)
 
     def _copy(self, storage: Storage, paths: list[Path]) -> None:
