@@ -20,11 +20,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
 from jobs.stopping import StopRequest
 from pipeline.config import ClusterConfig
-from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import newest_record
 from training.config import TrainConfig
-from training.run_dir import local_run_dir
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +143,12 @@ class RestartCount:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._path = local_run_dir(config.run_dir) / RESTARTS
         self._storage = open_storage(config.run_dir, s3=config.s3)
         self._num_in_a_row = 0
         self._num_restarts = 0
         self._step_of_start = -1
         self._cause: dict[str, Any] | None = None
+        self._unrecorded = b""
 
     def note_start(self, num_ranks: int) -> None:
         """Say with how many ranks, and from where, a restart goes on; the first start needs no words."""
@@ -165,18 +163,18 @@ class RestartCount:
             *(self._num_restarts, line["cause"], self._step_of_start, num_ranks, self._config.cluster.num_workers),
             *(self._num_in_a_row, self._config.cluster.max_failures),
         )
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds")} | line) + "\n")
-        self._publish()
+        self._record({"time": datetime.now(UTC).isoformat(timespec="seconds")} | line)
 
-    def _publish(self) -> None:
-        """Put the record where the run is, if that is not here."""
-        if isinstance(self._storage, LocalStorage):
-            return
+    def _record(self, line: dict[str, Any]) -> None:
+        """Add a line to the record where the run is; one that cannot be added is with the next one."""
+        self._unrecorded += json.dumps(line).encode() + b"\n"
         try:
-            self._storage.write_bytes(RESTARTS, self._path.read_bytes())
+            recorded = b"" if self._storage.find(RESTARTS) is None else self._storage.read_bytes(RESTARTS)
+            self._storage.write_bytes(RESTARTS, recorded + self._unrecorded)
         except (ArtifactError, OSError) as error:
-            logger.warning("restarts.jsonl stays in %s: %s", self._path, error)
+            logger.warning("restarts.jsonl lacks this restart: %s; the next one records both", error)
+        else:
+            self._unrecorded = b""
 
     def note_failure(self, error: RanksFailedError) -> None:
         """Count a failure; return if the ranks may be started again.

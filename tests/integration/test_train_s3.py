@@ -1,15 +1,18 @@
 """A training run whose run_dir is on S3: the spec is kept there, and the launched run trains, resumes and is done."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from s3_faults import FaultPlan, fault_proxy
 from synthetic_shards import train_config, write_shard_set
 
 from jobs.launch import launch_training
 from jobs.ray_ranks import RanksFailedError
 from jobs.restart import RestartCount
 from jobs.run import remember_spec
+from pipeline.config import S3Config
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import list_checkpoints, verify_checkpoint
 from training.metrics import read_metrics
@@ -28,17 +31,35 @@ def test_the_directory_remembers_its_spec_and_refuses_another_once_it_has_begun(
         remember_spec(config)
 
 
-def test_restarts_are_recorded_where_the_run_is(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
+def restart(count: RestartCount, *, rank: int) -> None:
+    count.note_failure(RanksFailedError("its process died", rank=rank, is_worth_retrying=True, is_preemption=False))
+    count.note_start(2)
+
+
+def restarted_ranks(url: str) -> list[int]:
+    return [json.loads(line)["rank"] for line in open_storage(url).read_bytes("restarts.jsonl").splitlines()]
+
+
+def test_restarts_on_all_machines_are_recorded_where_the_run_is(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = train_config(Path("run"), shards=Path("set")).model_copy(update={"run_dir": s3_url})
-    local_run_dir(s3_url).mkdir(parents=True, exist_ok=True)
-    count = RestartCount(config)
-    count.note_start(2)
-    count.note_failure(RanksFailedError("its process died", rank=1, is_worth_retrying=True, is_preemption=False))
-    count.note_start(2)
-    (line,) = open_storage(s3_url).read_bytes("restarts.jsonl").splitlines()
-    assert json.loads(line)["rank"] == 1
+    for machine in range(2):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / f"machine_{machine}"))
+        restart(RestartCount(config), rank=machine)
+    assert restarted_ranks(s3_url) == [0, 1]
+
+
+def test_a_restart_that_cannot_be_recorded_is_with_the_next_one(s3_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = train_config(Path("run"), shards=Path("set"))
+    outage = FaultPlan(rate=1, faults=("slow_down",), operations=frozenset({"put_object"}), max_faults=1)
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], outage) as proxy:
+        s3 = S3Config(endpoint_url=proxy.endpoint_url, max_attempts=1)
+        count = RestartCount(config.model_copy(update={"run_dir": s3_url, "s3": s3}))
+        restart(count, rank=0)
+        assert f"write {s3_url}/restarts.jsonl: must succeed" in caplog.text
+        restart(count, rank=1)
+    assert restarted_ranks(s3_url) == [0, 1]
 
 
 @pytest.mark.slow
