@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -32,6 +33,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
+    SSOError,
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as EndpointError
@@ -66,11 +68,14 @@ DENIED_CODES = frozenset(
 )
 CREDENTIALS_ERRORS = (
     *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, ProfileNotFound, TokenRetrievalError),
+    SSOError,
 )
 ENVIRONMENT = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
+FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
+"""Variables that name what botocore reads once, when a client is made, and where it looks without them."""
 
 
 class S3RefusedError(ArtifactError):
@@ -125,8 +130,10 @@ class S3Requests:
             raise
 
     def file_system(self) -> s3fs.S3FileSystem:
-        """Return the s3fs of this process for this endpoint and today's environment."""
-        environment = hash(tuple(os.environ.get(name) for name in ENVIRONMENT))
+        """Return the s3fs of this process for this endpoint and today's environment and credentials files."""
+        variables = tuple(os.environ.get(name) for name in ENVIRONMENT)
+        files = tuple(_mark(os.environ.get(name, default)) for name, default in FILES.items())
+        environment = hash((variables, files))
         return _file_system(self.config.endpoint_url, os.getpid(), environment)
 
     def attempts(self, doing: str, key: str) -> Attempts:
@@ -214,10 +221,15 @@ class Attempts:
                 return FileNotFoundError(errno.ENOENT, "no such object", self.url)
             case "bucket" | "missing":
                 return ArtifactError(f"{self.doing}: bucket {bucket} must exist, got {got}; make it or correct the URL")
+            case "denied" if fault.code.startswith("Expired"):
+                return StorageUnavailableError(
+                    f"{self.doing}: the credentials must allow it, got {got}; renew them (a running job sees a renewed "
+                    "credentials file) and run again"
+                )
             case "denied":
                 return StorageUnavailableError(
                     f"{self.doing}: the credentials must allow it, got {got}; check the AWS access key and secret "
-                    "(environment, profile or role) and the bucket's policy"
+                    "(environment, profile or role), that they have not expired, the region and the bucket's policy"
                 )
             case "credentials":
                 return StorageUnavailableError(
@@ -293,11 +305,20 @@ def _classify_refusal(refusal: ClientError) -> Fault:
         return Fault(kind="bucket", cause=cause, code=code)
     if code in ("NoSuchKey", "404"):
         return Fault(kind="missing", cause=cause, code=code)
-    if status in (401, 403) or code in DENIED_CODES:
+    # A HEAD has no body, so that its code is its status; with 400 AWS answers it for an expired token.
+    if status in (401, 403) or code in DENIED_CODES or code == "400" or code.startswith("Expired"):
         return Fault(kind="denied", cause=cause, code=code)
-    # A HEAD has no body, so that its code is its status.
     code = {"412": "PreconditionFailed", "416": "InvalidRange", "501": "NotImplemented"}.get(code, code)
     return Fault(kind="refused", cause=cause, code=code)
+
+
+def _mark(path: str) -> tuple[str, int]:
+    """Return a file's path and what changes when it is written again."""
+    path = os.path.expanduser(path)  # noqa: PTH111  (Path's own is an error where a user has no home)
+    try:
+        return path, Path(path).stat().st_mtime_ns
+    except OSError:
+        return path, 0
 
 
 def _named(error: Exception) -> str:

@@ -21,7 +21,7 @@ from s3_server import S3Server
 from pipeline.config import S3Config
 from pipeline.s3 import lock, staging
 from pipeline.s3.storage import S3Storage
-from pipeline.storage import ArtifactError, StorageFullError, open_storage
+from pipeline.storage import ArtifactError, StorageFullError, StorageUnavailableError, open_storage
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -151,6 +151,27 @@ def test_no_credentials_say_where_to_put_them(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     with pytest.raises(ArtifactError, match=r"standard chain, got NoCredentialsError; set AWS_ACCESS_KEY_ID and"):
         storage.list()
+
+
+@pytest.mark.parametrize("variable", ["AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", ""])
+def test_credentials_renewed_in_their_file_are_seen_by_a_living_process(
+    storage: S3Storage, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    path = tmp_path / ".aws" / "credentials"
+    path.parent.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if variable:
+        path = tmp_path / "elsewhere"
+        monkeypatch.setenv(variable, str(path))
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    for name in names:
+        monkeypatch.delenv(name)
+    path.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = old\n")
+    with pytest.raises(StorageUnavailableError, match="the credentials must allow it, got 403 InvalidAccessKeyId; "):
+        storage.write_bytes("a", b"1")
+    lines = [f"{name.lower()} = {s3_server.variables[name]}\n" for name in names]
+    path.write_text("[default]\n" + "".join(lines))
+    assert storage.write_bytes("a", b"1").num_bytes == 1
 
 
 def test_an_unreachable_endpoint_is_named(s3_url: str) -> None:

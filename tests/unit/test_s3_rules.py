@@ -17,13 +17,14 @@ from botocore.exceptions import (
     NoCredentialsError,
     NoRegionError,
     ReadTimeoutError,
+    UnauthorizedSSOTokenError,
 )
 
 from pipeline.s3 import requests
 from pipeline.s3.lock import LockHolder, is_stale, parse_holder, this_process
 from pipeline.s3.requests import Attempts, S3RefusedError, backoff_s, classify, parse_time
 from pipeline.s3.upload import md5_of, part_bytes_for
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, StorageUnavailableError
 
 
 def refusal(status: int, code: str) -> OSError:
@@ -54,9 +55,12 @@ def test_a_refusal_crosses_from_a_worker_to_its_job_whole() -> None:
         (refusal(403, "AccessDenied"), "denied", "403 AccessDenied"),
         (refusal(403, "403"), "denied", "403"),
         (refusal(400, "ExpiredToken"), "denied", "400 ExpiredToken"),
+        (refusal(400, "400"), "denied", "400"),
+        (refusal(400, "InvalidArgument"), "refused", "400 InvalidArgument"),
         (refusal(412, "PreconditionFailed"), "refused", "412 PreconditionFailed"),
         (refusal(301, "PermanentRedirect"), "refused", "301 PermanentRedirect"),
         (NoCredentialsError(), "credentials", "NoCredentialsError"),
+        (UnauthorizedSSOTokenError(), "credentials", "UnauthorizedSSOTokenError"),
         (ConnectTimeoutError(endpoint_url="http://x"), "unreachable", "ConnectTimeoutError"),
         (EndpointConnectionError(endpoint_url="http://x"), "unreachable", "EndpointConnectionError"),
         (ReadTimeoutError(endpoint_url="http://x"), "retry", "ReadTimeoutError"),
@@ -75,6 +79,14 @@ def test_an_error_is_known_for_what_it_is(error: Exception, kind: str, cause: st
 def test_a_head_without_a_body_has_the_code_that_its_status_stands_for() -> None:
     assert classify(refusal(412, "412")).code == "PreconditionFailed"
     assert classify(refusal(416, "416")).code == "InvalidRange"
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "ExpiredTokenException"])
+def test_expired_credentials_are_to_be_renewed_and_waited_for(code: str) -> None:
+    attempts = Attempts("read s3://b/x", url="s3://b/x", endpoint="here", max_attempts=3)
+    error = attempts.error_for(classify(refusal(400, code)))
+    assert isinstance(error, StorageUnavailableError)
+    assert str(error).startswith(f"read s3://b/x: the credentials must allow it, got 400 {code}; renew them")
 
 
 def test_waits_double_up_to_ten_seconds_with_half_of_jitter() -> None:
