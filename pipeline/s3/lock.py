@@ -109,7 +109,7 @@ class S3Lock:
                 condition = {"IfMatch": f'"{found.mark}"'}
             else:
                 raise self._held(found)
-            if self._write(condition) and self._is_settled():
+            if self._write(condition) and self._is_settled(is_takeover=found is not None):
                 return
         raise DirectoryInUseError(
             f"lock {self.url}: one job at a time may write here, and several begin; begin one of them"
@@ -198,8 +198,19 @@ class S3Lock:
             return found is not None and found.holder.token == self.holder.token
         return True
 
-    def _is_settled(self) -> bool:
-        """Whether the lock that was written stays ours: a server that ignores conditions lets the last writer win."""
+    def _is_settled(self, *, is_takeover: bool) -> bool:
+        """Whether the lock that was written stays ours: a server that ignores conditions lets the last writer win.
+
+        Of `If-None-Match` a second write tells; nothing tells of `If-Match`, so that a takeover always waits.
+        """
+        if not is_takeover and self._refuses_a_second():
+            return True
+        time.sleep(SETTLE_S)
+        found = self.read()
+        return found is not None and found.holder.token == self.holder.token
+
+    def _refuses_a_second(self) -> bool:
+        """Whether the server refuses to make the lock while it is there; else it is written once more."""
         try:
             self.requests.wait(put(self.requests, self.key, json.dumps(asdict(self.holder)).encode(), IfNoneMatch="*"))
         except S3RefusedError as refused:
@@ -208,9 +219,7 @@ class S3Lock:
             if refused.code not in REFUSES_CONDITIONS:
                 raise
         logger.warning("s3 lock url=%s: the server ignores conditional writes, the lock is best effort", self.url)
-        time.sleep(SETTLE_S)
-        found = self.read()
-        return found is not None and found.holder.token == self.holder.token
+        return False
 
     def _held(self, found: _Found) -> DirectoryInUseError:
         holder = found.holder

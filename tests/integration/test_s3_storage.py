@@ -21,7 +21,7 @@ from s3_server import S3Server
 from pipeline.config import S3Config
 from pipeline.s3 import lock, staging
 from pipeline.s3.storage import S3Storage
-from pipeline.storage import ArtifactError, StorageFullError, StorageUnavailableError, open_storage
+from pipeline.storage import ArtifactError, DirectoryInUseError, StorageFullError, StorageUnavailableError, open_storage
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -326,6 +326,19 @@ def test_the_lock_of_another_machine_is_taken_when_it_is_not_renewed(
     time.sleep(2.1)  # the server's clock, which decides, has whole seconds
     with storage.exclusive():
         assert json.loads(storage.read_bytes(".lock"))["host"] != "far"
+
+
+def test_a_lock_taken_over_by_two_at_once_is_held_by_the_last_where_if_match_is_ignored(
+    storage: S3Storage, s3_server: S3Server
+) -> None:
+    gone = {"host": "here", "machine": lock._machine(), "pid": 2**22 + 1, "started": "1", "token": "x"}
+    storage.write_bytes(".lock", json.dumps(gone).encode())
+    slow = FaultPlan(rate=1, faults=("delay",), max_faults=1, operations=frozenset({"put_object"}))
+    with fault_proxy(s3_server.endpoint_url, slow) as proxy:
+        proxy.on_fault = lambda _: foreign_lock(storage)  # the other one's write, which the server lets through
+        slower = S3Storage(storage.url, config=S3Config(endpoint_url=proxy.endpoint_url))
+        with pytest.raises(DirectoryInUseError, match="got one of host far, pid 1, seen"), slower.exclusive():
+            raise AssertionError("held twice")
 
 
 def test_a_lock_is_renewed_while_it_is_held(storage: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
