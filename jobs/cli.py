@@ -21,7 +21,7 @@ from rich.logging import RichHandler
 from jobs.grid import Study, load_job
 from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
 from jobs.spec import Spec, SpecError, from_here, load_spec, shipped_spec
-from pipeline.config import S3Config, TokenizeConfig
+from pipeline.config import S3Config, TokenizeConfig, checked_endpoint
 from pipeline.local_storage import local_path
 from pipeline.sigterm import TerminatedError, raised_on_sigterm
 from pipeline.storage import ArtifactError, open_storage
@@ -49,7 +49,11 @@ RUN_ROOT = click.option(
     "--dir", "run_root", default="runs/demo", show_default=True, type=LOCAL_DIRECTORY, help="Runs and report."
 )
 DIRECTORY = click.argument("directory", metavar="DIR")
-ENDPOINT_URL = click.option("--endpoint-url", help="S3-compatible server, where DIR is an s3:// URL.")
+ENDPOINT_URL = click.option(
+    "--endpoint-url",
+    callback=lambda _, __, url: None if url is None else checked_endpoint(url),
+    help="S3-compatible server, where DIR is an s3:// URL.",
+)
 OVERRIDES = click.option(
     "--set", "overrides", multiple=True, metavar="A.B=V", help="Lay a value over the spec's; repeatable."
 )

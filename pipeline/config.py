@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from tokenization.config import Config, Fraction, Place, TokenizerConfig, ViewsConfig
 
@@ -104,10 +112,18 @@ class RulesConfig(Config):
     """Images whose longer side over shorter side is above it are dropped."""
 
 
+def checked_endpoint(url: str) -> str:
+    """Return the address of an S3 server; one without its scheme is a ValueError, whose text has no password."""
+    if not url.startswith(("http://", "https://")):
+        host = url.rpartition("@")[2]
+        raise ValueError(f"an endpoint must begin with http:// or https://, got {host!r}; write it before the host")
+    return url
+
+
 class S3Config(Config):
     """How `s3://` URLs are reached; credentials come from the standard chain (environment, profile, role)."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str, AfterValidator(checked_endpoint)] | None = None
     """Address of an S3-compatible server; without it AWS_ENDPOINT_URL, then AWS."""
     max_attempts: PositiveInt = 8
     """Times a request or a broken read is tried, with exponential back-off, before the work unit fails."""

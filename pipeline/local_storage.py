@@ -31,6 +31,7 @@ from pipeline.storage import (
     FileInfo,
     Storage,
     StorageUnavailableError,
+    is_url,
     json_bytes,
     raise_full,
 )
@@ -55,7 +56,7 @@ def local_path(path: str | Path) -> Path:
     Raises:
         ArtifactError: the path is a URL (`s3://...`); only local and mounted storage is supported.
     """
-    if "://" in str(path):
+    if is_url(str(path)):
         raise ArtifactError(f"open {path}: storage must be local or mounted, got {str(path)!r}; use a directory path")
     return Path(path).expanduser()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -19,6 +20,7 @@ from typing import IO, Any, NamedTuple
 from pipeline.config import S3Config
 
 S3_SCHEME = "s3://"
+URL_START = re.compile(r"[A-Za-z0-9]+:/")
 Buffer = bytes | memoryview
 """The whole content of a file, mapped where it is local."""
 
@@ -167,9 +169,16 @@ def open_storage(url: str, *, s3: S3Config = S3Config()) -> Storage:  # noqa: B0
         return S3Storage(url, config=s3)
     from pipeline.local_storage import LocalStorage  # noqa: PLC0415
 
-    if "://" in url:
-        raise ArtifactError(f"open {url}: storage must be a path or an s3:// URL, got {url!r}; mount it or copy it")
+    if is_url(url):
+        raise ArtifactError(
+            f"open {url}: storage must be a path or an s3:// URL, got {url!r}; correct it to s3://, or mount or copy it"
+        )
     return LocalStorage(Path(url).expanduser())
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, one slash short of it (`s3:/bucket/x`) included."""
+    return "://" in path or URL_START.match(path) is not None
 
 
 def split_url(url: str) -> tuple[str, str]:

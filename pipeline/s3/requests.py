@@ -150,8 +150,23 @@ class S3Requests:
 
     async def send(self, method: str, **kwargs: Any) -> Answer:
         """Return the answer to one request that is sent once (`get_object`, `Key=...`); raises what s3fs raises."""
-        answer: Answer = await self.file_system()._call_s3(method, Bucket=self.bucket, **kwargs)
+        file_system = self.file_system()
+        await self._connect(file_system)
+        answer: Answer = await file_system._call_s3(method, Bucket=self.bucket, **kwargs)
         return answer
+
+    async def _connect(self, file_system: s3fs.S3FileSystem) -> None:
+        """Make the client where there is none yet; that is where botocore refuses an endpoint, wherever it is set."""
+        try:
+            await file_system.set_session()
+        except BotoCoreError:  # some of which are ValueErrors
+            raise
+        except ValueError as error:
+            got = str(error).removeprefix("Invalid endpoint: ").rpartition("@")[2]  # without its password
+            raise ArtifactError(
+                f"open s3://{self.bucket}: an endpoint must begin with http:// or https://, got {got!r}; correct "
+                "s3.endpoint_url, AWS_ENDPOINT_URL or the profile's endpoint_url"
+            ) from None
 
     async def ask(self, method: str, *, doing: str, **kwargs: Any) -> Answer:
         """Return the answer to a request, sent until it comes.

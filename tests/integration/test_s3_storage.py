@@ -181,6 +181,18 @@ def test_an_unreachable_endpoint_is_named(s3_url: str) -> None:
         storage.list()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9000", "user:hidden@127.0.0.1:9000"])
+def test_an_endpoint_of_the_environment_without_its_scheme_is_refused(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    rule = r"^open s3://tensorar: .* begin with http:// or https://, got .*127\.0\.0\.1:9000'; .*AWS_ENDPOINT_URL"
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=rule) as failed:
+            storage.read_bytes("a")
+        assert "hidden" not in "".join(traceback.format_exception(failed.value))
+
+
 def test_a_password_in_an_endpoint_is_not_told(s3_url: str) -> None:
     storage = S3Storage(s3_url, config=S3Config(endpoint_url="http://user:hidden@127.0.0.1:1", max_attempts=1))
     with pytest.raises(ArtifactError, match=r"from http://127\.0\.0\.1:1; ") as failed:

@@ -352,3 +352,10 @@ def test_status_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
     result = call("status", str(tmp_path))
     rule = "it must be the run_dir of a job or a study, got no spec.json; check the path"
     assert (result.exit_code, result.stderr) == (1, f"error: status of {tmp_path}: {rule}\n")
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "preview", "export"])
+def test_an_endpoint_without_its_scheme_is_an_error_in_one_line(command: str) -> None:
+    done = CliRunner().invoke(main, [command, "s3://bucket/x", "--endpoint-url", "user:hidden@127.0.0.1:9000"])
+    rule = "an endpoint must begin with http:// or https://, got '127.0.0.1:9000'; write it before the host"
+    assert (done.exit_code, done.output) == (1, f"error: {rule}\n")

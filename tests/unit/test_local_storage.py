@@ -22,7 +22,7 @@ from pipeline.local_storage import (
     write_json,
 )
 from pipeline.sources.tar_samples import read_groups
-from pipeline.storage import ArtifactError, StorageUnavailableError
+from pipeline.storage import ArtifactError, StorageUnavailableError, open_storage
 
 
 def test_nothing_is_visible_before_the_commit(tmp_path: Path) -> None:
@@ -129,9 +129,21 @@ def test_a_writer_that_begins_while_others_look_is_not_refused(tmp_path: Path) -
             looker.join()
 
 
-def test_object_storage_is_refused_by_name() -> None:
-    with pytest.raises(ArtifactError, match="s3://bucket/x"):
-        local_path("s3://bucket/x")
+@pytest.mark.parametrize("url", ["s3://bucket/x", "s3:/bucket/x"])
+def test_object_storage_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ArtifactError, match=url):
+        local_path(url)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3:/bucket/x", "S3://bucket/x"])
+def test_what_is_neither_a_path_nor_s3_is_refused_by_name(url: str) -> None:
+    with pytest.raises(ArtifactError, match=f"open {url}: storage must be a path or an s3:// URL, got '{url}'; "):
+        open_storage(url)
+
+
+@pytest.mark.parametrize("path", ["a:b/c", "./s3:/x", "/s3:/x", "runs/2026-11-28T02:00"])
+def test_a_path_with_a_colon_is_a_path(path: str) -> None:
+    assert open_storage(path).url == str(Path(path))
 
 
 def test_a_link_to_a_directory_is_listed_but_not_one_that_leads_back(

@@ -188,6 +188,14 @@ def test_a_list_of_too_many_values_says_how_many_it_may_have(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:9000", "localhost:9000", "//host", "s3://host"])
+def test_an_endpoint_without_its_scheme_is_refused(tmp_path: Path, url: str) -> None:
+    assert problems(tmp_path, TRAIN, f"s3.endpoint_url='{url}'") == [
+        f"--set s3.endpoint_url='{url}': s3.endpoint_url: an endpoint must begin with http:// or https://, "
+        f"got {url!r}; write it before the host"
+    ]
+
+
 def test_a_seed_that_no_draw_can_be_keyed_by_is_refused(tmp_path: Path) -> None:
     message = "seed must be below 72057594037927936, got 72057594037927936"
     assert problems(tmp_path, TRAIN + "seed: 72057594037927936\n") == [f"spec.yaml:6: {message}"]
