@@ -35,6 +35,7 @@ from training.run_dir import local_run_dir
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_POLL_S = 0.2
 
 
 class LaunchError(RuntimeError):
@@ -51,16 +52,17 @@ def launch_training(config: TrainConfig, *, progress: bool = True) -> TrainResul
         progress: whether to show live progress (Ray only; torchrun's rank 0 logs).
 
     Raises:
-        LaunchError: a rank failed for good; the message holds its error.
+        LaunchError: a rank failed for good, and the message holds its error; or another job has taken the run over.
         RunStoppedError: SIGTERM, Ctrl-C or a preemption ended the run after a checkpoint.
         ArtifactError: the inputs do not fit, the checkpoints are all damaged, or another job works in the run_dir.
     """
     storage = open_storage(config.run_dir, s3=config.s3)
     if config.cluster.launcher == "torchrun":
         _stop_with_torchrun()
-        with storage.exclusive() if os.environ.get("RANK") == "0" else nullcontext():
+        with storage.exclusive() if os.environ.get("RANK") == "0" else nullcontext(threading.Event()) as is_lost:
+            threading.Thread(target=_leave_when, args=(is_lost, config), name="watch-lock", daemon=True).start()
             _exit_as_rank(train(config))
-    with storage.exclusive(), stop_request() as stop:
+    with storage.exclusive() as is_lost, stop_request(is_lost) as stop:
         finished = _finished(config, storage)
         if finished is not None:
             logger.info("run %s is finished: step=%d", storage, finished.step)
@@ -126,10 +128,13 @@ class _Run:
         self._error: BaseException | None = None
         self.is_over = threading.Event()
         threading.Thread(target=self._run, name="ray-train", daemon=True).start()
+        threading.Thread(target=self._watch_lock, name="watch-lock", daemon=True).start()
 
     def wait(self) -> Outcome | None:
         """Return how the run ended; raises what it raised."""
         self.is_over.wait()
+        if self._stop.is_lost.is_set():
+            raise LaunchError(_told_of_loss(self._config))  # leaving the Ray session ends the ranks
         if self._error is not None:
             raise self._error
         return self._outcome
@@ -142,6 +147,13 @@ class _Run:
         finally:
             self.is_over.set()
 
+    def _watch_lock(self) -> None:
+        """End the run as soon as another job has taken it over."""
+        while not self.is_over.wait(_POLL_S):
+            if self._stop.is_lost.is_set():
+                self._stop.is_made.set()  # no ranks are started again
+                self.is_over.set()
+
 
 def _log(config: TrainConfig, rank: int | None) -> str:
     logs = local_run_dir(config.run_dir) / "logs"
@@ -153,6 +165,21 @@ def _told_of_stop(config: TrainConfig, outcome: Outcome | None) -> str:
     nodes = () if outcome is None else outcome.preempted_nodes
     why = f" because nodes {', '.join(nodes)} are taken away" if nodes else ""
     return f"train {config.run_dir}: stopped at step {step} of {config.num_steps}{why}; run it again to go on"
+
+
+def _told_of_loss(config: TrainConfig) -> str:
+    return (
+        f"train {config.run_dir}: one job at a time may write here, and another job has taken over {config.run_dir} "
+        "while this one did not renew its lock; this one ends and saves nothing more, leave the run to that one"
+    )
+
+
+def _leave_when(is_lost: threading.Event, config: TrainConfig) -> None:
+    """End this rank when its job has lost the run: torchrun then ends the others, which cannot save without it."""
+    is_lost.wait()
+    logger.error("%s", _told_of_loss(config))
+    logging.shutdown()
+    os._exit(1)
 
 
 def _exit_as_rank(result: TrainResult) -> NoReturn:

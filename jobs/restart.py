@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
@@ -135,7 +136,8 @@ def _has_room(cluster: ClusterConfig, num_ranks: int, *, wait_s: float, stop: St
                 return False
         return not stop.is_made.is_set()
     finally:
-        remove_placement_group(reservation)
+        if ray.is_initialized():  # else the run was ended from outside, and any call would start Ray again
+            remove_placement_group(reservation)
 
 
 class RestartCount:

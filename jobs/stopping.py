@@ -1,8 +1,9 @@
-"""Stopping a training run in good order: the launcher's signals and a cluster's preemption notices, told to the ranks.
+"""Stopping a training run: the launcher's signals and a cluster's preemption notices, told to the ranks.
 
 Invariant: being asked never interrupts a step. The first signal only sets an event; ranks look at theirs at the end of
 each step, agree, take a checkpoint and return. The ranks wait for the launcher in one open call to an actor, so being
-ready to stop costs nothing per step. The only file that touches Ray's (alpha) preemption interface.
+ready to stop costs nothing per step. A run that another job has taken over saves nothing more: its ranks are not told.
+The only file that touches Ray's (alpha) preemption interface.
 """
 
 from __future__ import annotations
@@ -30,10 +31,16 @@ ActorHandle = Any
 
 
 class StopRequest:
-    """Whether this process was asked to stop, by SIGTERM or Ctrl-C; the second time it stops at once."""
+    """Whether this process should stop: asked by SIGTERM or Ctrl-C (the second time at once), or its run was lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_lost: threading.Event) -> None:
+        """Begin with no request.
+
+        Args:
+            is_lost: set when another job has taken the run over, before `is_made` is: then the ranks may not save.
+        """
         self.is_made = threading.Event()
+        self.is_lost = is_lost
 
     def listen(self) -> None:
         """Catch the signals from here on; again after whatever else catches them (ray.init does)."""
@@ -51,11 +58,15 @@ class StopRequest:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Listen to SIGTERM and Ctrl-C while the body runs; the handlers of before are put back."""
+def stop_request(is_lost: threading.Event) -> Iterator[StopRequest]:
+    """Listen to SIGTERM and Ctrl-C while the body runs; the handlers of before are put back.
+
+    Args:
+        is_lost: what `Storage.exclusive` of the run's directory gave.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
-    request = StopRequest()
+    request = StopRequest(is_lost)
     request.listen()
     try:
         yield request
@@ -85,12 +96,12 @@ def start_flag() -> ActorHandle:
 
 @contextmanager
 def raised_on_request(flag: ActorHandle, request: StopRequest) -> Iterator[None]:
-    """Raise the flag as soon as the request is made while the body runs; the flag's actor ends with it."""
+    """Raise the flag as soon as ranks are to save and stop, while the body runs; the flag's actor ends with it."""
     is_over = threading.Event()
 
     def forward() -> None:
         while not is_over.wait(0.05):
-            if request.is_made.is_set():
+            if request.is_made.is_set() and not request.is_lost.is_set():
                 flag.raise_flag.remote()
                 return
 
@@ -101,7 +112,8 @@ def raised_on_request(flag: ActorHandle, request: StopRequest) -> Iterator[None]
     finally:
         is_over.set()
         thread.join()
-        ray.kill(flag)
+        if ray.is_initialized():  # else the run was ended from outside, and any call would start Ray again
+            ray.kill(flag)
 
 
 class RankStop:

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -305,10 +306,10 @@ class LocalStorage(Storage):
         return remove_staged(self.root)
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """See `Storage.exclusive`."""
+    def exclusive(self) -> Iterator[threading.Event]:
+        """See `Storage.exclusive`; the kernel keeps the lock, so that it is never lost."""
         with exclusive(self.root):
-            yield
+            yield threading.Event()
 
     def is_held(self) -> bool:
         """See `Storage.is_held`."""

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import re
+import threading
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -139,8 +140,10 @@ class Storage(ABC):
         """Remove what killed runs left half-written (staged files, open uploads) and return how many there were."""
 
     @abstractmethod
-    def exclusive(self) -> AbstractContextManager[None]:
+    def exclusive(self) -> AbstractContextManager[threading.Event]:
         """Return a context that holds the directory's lock, so that two jobs never write it at once.
+
+        Its value is set if the lock is lost: on S3 another job may take it over from one that could not renew it.
 
         Raises:
             DirectoryInUseError: on entry, where another live process holds it.

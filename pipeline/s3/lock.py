@@ -60,8 +60,11 @@ class _Found:
 
 
 @contextlib.contextmanager
-def hold_lock(requests: S3Requests, key: str) -> Iterator[None]:
+def hold_lock(requests: S3Requests, key: str) -> Iterator[threading.Event]:
     """Hold the lock object `key` while the body runs, renewed by a thread every 10 s; removed at the end if still ours.
+
+    Yields:
+        What is set when another process has taken it over.
 
     Raises:
         DirectoryInUseError: another live process holds it.
@@ -73,7 +76,7 @@ def hold_lock(requests: S3Requests, key: str) -> Iterator[None]:
     heartbeat = threading.Thread(target=lock.keep, args=(done,), name=f"renew {key}", daemon=True)
     heartbeat.start()
     try:
-        yield
+        yield lock.is_lost
     finally:
         done.set()
         heartbeat.join(timeout=RENEW_S)  # where the server does not answer, it may be amid its attempts
@@ -90,6 +93,7 @@ class S3Lock:
         self.holder = this_process()
         self.mark = ""
         self.num_renewals = 0
+        self.is_lost = threading.Event()
 
     def acquire(self) -> None:
         """Make the lock, or take over a stale one.
@@ -116,7 +120,7 @@ class S3Lock:
         )
 
     def keep(self, done: threading.Event) -> None:
-        """Renew the lock until `done` is set or the lock is lost, which is logged as an error."""
+        """Renew the lock until `done` is set or the lock is lost: then `is_lost` is set, and an error logged."""
         renewed = time.monotonic()
         while not done.wait(RENEW_S):
             try:
@@ -128,10 +132,11 @@ class S3Lock:
                 continue
             if not is_ours:
                 logger.error(
-                    "s3 lock LOST url=%s: another job may write here at the same time; stop this one or that one, "
+                    "s3 lock LOST url=%s: another job may write here at the same time; see that one of them stops, "
                     "then run tensorar verify",
                     self.url,
                 )
+                self.is_lost.set()
                 return
             renewed = time.monotonic()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -110,10 +111,10 @@ class S3Storage(Storage):
         return self.requests.wait(abort_uploads(self.requests, self.base))
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[threading.Event]:
         """See `Storage.exclusive`; the lock is the object `.lock`, renewed while it is held."""
-        with hold_lock(self.requests, f"{self.base}.lock"):
-            yield
+        with hold_lock(self.requests, f"{self.base}.lock") as is_lost:
+            yield is_lost
 
     def is_held(self) -> bool:
         """See `Storage.is_held`."""

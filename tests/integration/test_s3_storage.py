@@ -368,11 +368,11 @@ def test_a_lock_lost_while_running_is_told_loudly_and_left_to_its_new_holder(
     storage: S3Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lock, "RENEW_S", 0.1)
-    with storage.exclusive():
+    with storage.exclusive() as is_lost:
+        time.sleep(0.5)
+        assert not is_lost.is_set()
         fields = foreign_lock(storage)
-        deadline = time.monotonic() + 10
-        while "LOST" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.05)
+        assert is_lost.wait(timeout=10)
     lost = [entry for entry in caplog.records if "s3 lock LOST" in entry.message]
     assert [entry.levelname for entry in lost] == ["ERROR"]
     assert json.loads(storage.read_bytes(".lock")) == fields

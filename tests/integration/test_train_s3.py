@@ -2,11 +2,17 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_faults import FaultPlan, fault_proxy
 from synthetic_shards import train_config, write_shard_set
+from training_processes import TORCHRUN
 
 from jobs.launch import launch_training
 from jobs.ray_ranks import RanksFailedError
@@ -17,6 +23,8 @@ from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import list_checkpoints, verify_checkpoint
 from training.metrics import read_metrics
 from training.run_dir import local_run_dir
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_directory_remembers_its_spec_and_refuses_another_once_it_has_begun(s3_url: str) -> None:
@@ -74,3 +82,54 @@ def test_a_launched_run_trains_resumes_and_is_done(s3_url: str, tmp_path: Path) 
     assert verify_checkpoint(storage, 6) == []
     assert [line["step"] for line in read_metrics(local_run_dir(s3_url))] == [1, 2, 3, 4, 5, 6]
     assert launch_training(longer, progress=False).step == 6
+
+
+LAUNCH = """
+import logging
+import sys
+from pathlib import Path
+
+from jobs.launch import launch_training
+from pipeline.s3 import lock
+from training.config import TrainConfig
+
+lock.RENEW_S = 0.1
+if __name__ == "__main__":
+    logging.basicConfig()
+    launch_training(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_a_run_that_another_job_has_taken_over_ends_and_saves_nothing(
+    s3_url: str, tmp_path: Path, launcher: str
+) -> None:
+    (tmp_path / "launch.py").write_text(LAUNCH)
+    endless: dict[str, Any] = {"num_steps": 100_000, "checkpoint__every_n_steps": 100_000, "log_every_n_steps": 1}
+    config = train_config(tmp_path / "run", shards=write_shard_set(tmp_path / "set"), **endless)
+    cluster = config.cluster.model_copy(update={"launcher": launcher})
+    config = config.model_copy(update={"run_dir": s3_url, "cluster": cluster})
+    (tmp_path / "spec.json").write_text(config.model_dump_json())
+    python = [sys.executable] if launcher == "ray" else [*TORCHRUN, "--nproc-per-node=2"]
+    command = [*python, str(tmp_path / "launch.py"), str(tmp_path / "spec.json")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while len(read_metrics(local_run_dir(s3_url))) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        storage = open_storage(s3_url)
+        storage.write_json(".lock", {"host": "far", "machine": "other", "pid": 1, "started": "1", "token": "x"})
+        output = process.communicate(timeout=120)[0].decode()
+    finally:
+        process.kill()
+        shutil.rmtree(local_run_dir(s3_url))
+    assert process.returncode == 1
+    assert f"another job has taken over {s3_url}" in output
+    assert "SIGTERM handler is not set" not in output  # as Ray says where a thread starts it again
+    assert list_checkpoints(storage) == []
+    assert json.loads(storage.read_bytes(".lock"))["host"] == "far"
