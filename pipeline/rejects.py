@@ -86,7 +86,10 @@ def read_rejects(storage: Storage, name: str) -> list[Reject]:
 
 
 def count(rejects: list[Reject], *, num_written: int) -> Counts:
-    """Return the counts of a unit from its rejects and the number of samples in its shard."""
+    """Return the counts of a unit from its rejects and the number of samples in its shard.
+
+    `num_read` is their sum: whoever has read the input compares it with that.
+    """
     dropped = Counter(reject.reason for reject in rejects if reject.stage == RULE_STAGE)
     rejected = Counter(f"{reject.stage}/{reject.reason}" for reject in rejects if reject.stage != RULE_STAGE)
     return Counts(

@@ -1,9 +1,9 @@
 """One work unit, from its input files to its ledger record; no Ray in here.
 
 The invariant: what a unit's files contain depends on its input, the spec and the weights, never on the worker, and its
-record is written last. Reading, decoding and cropping run in threads ahead of the encoder where a worker has cores for
-them; the encoder sees full batches that straddle samples. A worker may hold two units, so that one is committed (fsync,
-upload) while the next encodes.
+record is written last, once its counts add up to what was read. Reading, decoding and cropping run in threads ahead of
+the encoder where a worker has cores for them; the encoder sees full batches that straddle samples. A worker may hold
+two units, so that one is committed (fsync, upload) while the next encodes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.ahead import prepared_ahead
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import LedgerRecord, Retried, index_name, rejects_name, shard_name, write_record
 from pipeline.prepare import PreparedSample, prepare_sample
-from pipeline.rejects import Reject, count, write_rejects
+from pipeline.rejects import Counts, Reject, count, write_rejects
 from pipeline.retry import RetryDetails, RetrySource, max_image_pixels_of
 from pipeline.shards import ShardInfo, ShardSample, ShardWriter, check_written
 from pipeline.sources.plan import KeyFormat, WorkUnit
@@ -142,6 +142,7 @@ class UnitTokenizer:
 
         Raises:
             ArtifactError: the input is damaged as a whole; trying again will not help.
+            RuntimeError: a sample that was read is neither in the shard nor among the rejects, or is there twice.
         """
         under_way = _Unit(unit=unit, stem=self._keys.stem(unit.unit_index))
         self._running[unit.unit_index] = under_way
@@ -164,7 +165,7 @@ class UnitTokenizer:
             input_mark=unit.mark,
             input_sha256=under_way.digest.hexdigest(),
             fingerprint_digest=self._tokenizer.fingerprint.digest,
-            counts=count(under_way.rejects, num_written=0 if shard is None else shard.num_samples),
+            counts=_counts(under_way, num_written=0 if shard is None else shard.num_samples),
             shard=shard,
             shard_mark=mark,
             seconds_of_stage={name: round(spent, 3) for name, spent in sorted(under_way.seconds.items())},
@@ -254,6 +255,18 @@ class UnitTokenizer:
         if committed is None:
             raise OSError(f"write shard {self._storage.url_of(name)}: it must be there once committed, got nothing")
         return written.info(name=name.rpartition("/")[2]), committed.mark
+
+
+def _counts(under_way: _Unit, *, num_written: int) -> Counts:
+    """Return where the samples of a unit went, having compared their sum with what was read."""
+    counts = count(under_way.rejects, num_written=num_written)
+    if counts.num_read != under_way.num_read:
+        raise RuntimeError(
+            f"tokenize unit {under_way.stem} ({under_way.unit.name}): every sample that was read must be written, "
+            f"dropped or rejected, got {counts.num_read} of {under_way.num_read}; this is a defect of tensorar, report "
+            "it"
+        )
+    return counts
 
 
 def _retried(unit: WorkUnit, *, keys: KeyFormat) -> Retried | None:

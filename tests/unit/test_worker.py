@@ -103,13 +103,14 @@ def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, we
         ("text.png", b"not an image"),
         ("label.png", png(2)),
         ("label.cls", b"x"),
-        ("small.png", png(3, width=20, height=12)),
+        ("small.png", png(3, width=20, height=4)),
         ("huge.png", png(4, width=90, height=90)),
-        ("long.png", png(5, width=100, height=20)),
+        ("long.png", png(5, width=800, height=5)),
+        ("thread.png", png(6, width=505, height=5)),
         *sample_members(9),
     ]
     write_tar(tmp_path / "00000.tar", members)
-    rules = {"min_side_px": 16, "max_aspect_ratio": 4.0}
+    rules = {"min_side_px": 5, "max_aspect_ratio": 150.0}
     record = run(config_of(tmp_path, weights, rules=rules, max_image_pixels=5000))
     rejects = read_rejects(open_storage(str(tmp_path / "set")), "rejects/00000.parquet")
     assert [(reject.key, reject.source, reject.stage, reject.reason) for reject in rejects] == [
@@ -119,16 +120,18 @@ def test_each_sample_is_written_dropped_or_rejected_and_named(tmp_path: Path, we
         ("0000004", "small", "rule", "min_side_px"),
         ("0000005", "huge", "decode", "too_many_pixels"),
         ("0000006", "long", "rule", "max_aspect_ratio"),
+        ("0000007", "thread", "crop", "too_elongated"),
     ]
     shard = read_shard(open_storage(str(tmp_path / "set")), "shards/00000.tar")
-    assert [sample.key for sample in shard] == ["0000000", "0000007"]
+    assert [sample.key for sample in shard] == ["0000000", "0000008"]
     assert record.counts.model_dump() == {
-        "num_read": 8,
+        "num_read": 9,
         "num_written": 2,
         "num_dropped": 2,
-        "num_rejected": 4,
+        "num_rejected": 5,
         "dropped_by_reason": {"max_aspect_ratio": 1, "min_side_px": 1},
         "rejected_by_reason": {
+            "crop/too_elongated": 1,
             "decode/too_many_pixels": 1,
             "decode/truncated": 1,
             "decode/unknown_format": 1,
@@ -147,6 +150,27 @@ def test_a_unit_without_a_good_sample_has_a_record_and_no_shard(tmp_path: Path, 
         "00000.json",
         "00000.parquet",
     ]
+
+
+@pytest.mark.parametrize(("cpus", "num_lost"), [(1, 1), (1, 3), (2, 1)])
+def test_a_unit_that_lost_a_sample_has_no_record(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, cpus: int, num_lost: int
+) -> None:
+    write_tar(tmp_path / "00000.tar", [*sample_members(0), ("torn.png", png(1)[:-40]), *sample_members(2)])
+    config = config_of(tmp_path, weights, cluster={"cpus_per_worker": cpus})
+    prepare = UnitTokenizer._prepare
+
+    def lossy(self: UnitTokenizer, *arguments: Any) -> list[Any]:
+        return prepare(self, *arguments)[num_lost:]
+
+    monkeypatch.setattr(UnitTokenizer, "_prepare", lossy)
+    with pytest.raises(
+        RuntimeError,
+        match=rf"tokenize unit 00000 \(.*00000\.tar\): every sample that was read must be written, dropped or "
+        rf"rejected, got {3 - num_lost} of 3; this is a defect of tensorar, report it",
+    ):
+        run(config)
+    assert not list((tmp_path / "set").glob("ledger/*"))
 
 
 def test_a_torn_tar_commits_nothing(tmp_path: Path, weights: Path) -> None:
