@@ -16,6 +16,7 @@ from training.plan import (
     Memory,
     checkpoint_bytes,
     estimate_memory,
+    kept_checkpoints,
     micro_batch_size,
     num_parameters,
 )
@@ -24,12 +25,12 @@ GB = 10**9
 _ROWS = (
     ("process", "process"),
     ("weights", "weights"),
-    ("float32 weights", "master"),
+    ("float32 weights", "float32_weights"),
     ("Adam's moments", "moments"),
     ("average (EMA)", "average"),
     ("gradients", "gradients"),
     ("buckets", "buckets"),
-    ("kept by malloc", "heap"),
+    ("heap (freed, but kept)", "heap"),
     ("checkpoint's copy (host)", "checkpoint_copy"),
     ("at the loss: activations", "activations"),
     ("at the loss: itself", "loss"),
@@ -81,10 +82,20 @@ def plan_summary(config: TrainConfig, *, world_size: int) -> str:
             f"step:        {engine.global_batch_size} samples = {world_size} ranks * {samples} * "
             f"{engine.grad_accumulation(world_size)} micro steps; {engine.global_batch_size * model.num_positions:,} "
             f"codes; {flops / 10**12:.3g} TFLOP",
-            f"checkpoint:  {checkpoint_bytes(config) / GB:.2f} GB each; {config.checkpoint.keep_latest} are kept, one "
-            f"more while it is written",
+            f"checkpoint:  {_checkpoints(config)}",
             f"verdict:     {_verdict(config, world_size=world_size)}",
         )
+    )
+
+
+def _checkpoints(config: TrainConfig) -> str:
+    checkpoint, num_bytes = config.checkpoint, checkpoint_bytes(config)
+    num_kept = len(kept_checkpoints(checkpoint, num_steps=config.num_steps))
+    for_good = checkpoint.keep_every_n_steps
+    rule = f"{checkpoint.keep_latest} newest" + ("" if for_good is None else f", every {for_good:,}th step")
+    return (
+        f"{num_bytes / GB:.2f} GB each; {num_kept} are kept at the end ({rule}), {num_kept * num_bytes / GB:.2f} GB, "
+        "one more while it is written"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from training.config import ModelConfig, TrainConfig
+from training.config import CheckpointConfig, ModelConfig, TrainConfig
 from training.cross_entropy import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES
 from training.engine import BUCKET_ELEMENTS
 from training.gpt import feed_forward_dim
@@ -44,8 +44,8 @@ class Memory:
     """Without a model."""
     weights: int
     """In the arithmetic's dtype."""
-    master: int
-    """Float32 weights beside them."""
+    float32_weights: int
+    """Those that the optimiser steps, beside them."""
     moments: int
     """Adam's two."""
     average: int
@@ -73,7 +73,7 @@ class Memory:
     def lasting(self) -> int:
         """Bytes that are there at any moment after the first step."""
         copy = self.checkpoint_copy if self.is_copy_on_device else 0
-        states = self.weights + self.master + self.moments + self.average
+        states = self.weights + self.float32_weights + self.moments + self.average
         return self.process + states + self.gradients + self.buckets + self.heap + copy
 
     @property
@@ -101,6 +101,18 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     return 4 * kinds * num_parameters(config.model)
 
 
+def kept_checkpoints(config: CheckpointConfig, *, num_steps: int) -> tuple[int, ...]:
+    """Return the steps whose checkpoints are there once a run has taken `num_steps`; at no step before there are more.
+
+    Not counted: the one that is being written, before the one that it replaces goes.
+    """
+    saved = sorted({*range(config.every_n_steps, num_steps + 1, config.every_n_steps), num_steps})
+    kept = set(saved[-config.keep_latest :])
+    if config.keep_every_n_steps is not None:
+        kept.update(range(config.keep_every_n_steps, num_steps + 1, config.keep_every_n_steps))
+    return tuple(sorted(kept))
+
+
 def estimate_memory(
     config: TrainConfig, *, world_size: int, zero_stage: int, device: Device, has_heap: bool = True
 ) -> Memory:
@@ -126,14 +138,14 @@ def estimate_memory(
     num_states = 0 if engine.offload_optimizer and zero_stage >= 1 and not is_cpu else num_own
     average = 0 if config.optimizer.ema_decay is None else 4
     # In float32 only plain data parallelism steps on the weights themselves.
-    master = 0 if zero_stage == 0 and width == 4 else 4
+    float32_weights = 0 if zero_stage == 0 and width == 4 else 4
     bucket = min(BUCKET_ELEMENTS, num_all) * width
     gathered = min(LIVE_ELEMENTS, num_all) * width if zero_stage == 3 and world_size > 1 else 0
     block = samples * _block_bytes(config, device=device) if engine.activation_checkpointing else 0
     return Memory(
         process=PROCESS_BYTES[device],
         weights=num_weights * width,
-        master=num_states * master,
+        float32_weights=num_states * float32_weights,
         moments=num_states * 8,
         average=num_states * average,
         gradients=num_gradients * width,

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from synthetic_shards import train_config
 
 from jobs.cli import main
-from training.config import ModelConfig, TrainConfig
-from training.plan import Memory, checkpoint_bytes, estimate_memory, num_parameters
+from training.config import CheckpointConfig, ModelConfig, TrainConfig
+from training.plan import Memory, checkpoint_bytes, estimate_memory, kept_checkpoints, num_parameters
 from training.tensorar import build_model
 
 SPECS = Path(__file__).parents[2] / "jobs" / "specs"
@@ -43,8 +43,17 @@ def memory(config: TrainConfig, *, world_size: int, zero_stage: int) -> Memory:
 def test_each_stage_shares_out_what_zero_says() -> None:
     num = 774_699_520
     plain, first, second, third = (memory(xl(), world_size=8, zero_stage=stage) for stage in range(4))
-    assert (plain.weights, plain.master, plain.moments, plain.gradients) == (2 * num, 4 * num, 8 * num, 2 * num)
-    assert (first.master, first.moments, first.gradients) == (num // 8 * 4, num // 8 * 8, 2 * num)  # accumulated
+    assert (plain.weights, plain.float32_weights, plain.moments, plain.gradients) == (
+        2 * num,
+        4 * num,
+        8 * num,
+        2 * num,
+    )
+    assert (first.float32_weights, first.moments, first.gradients) == (
+        num // 8 * 4,
+        num // 8 * 8,
+        2 * num,
+    )  # accumulated
     assert (second.weights, second.gradients) == (2 * num, num // 8 * 2)
     assert (third.weights, third.gradients) == (num // 8 * 2, num // 8 * 2)
     assert plain.peak > first.peak > second.peak
@@ -59,7 +68,7 @@ def test_stage_3_gathers_what_it_shared_out_for_the_time_of_a_step() -> None:
 
 def test_offloaded_states_leave_the_gpu() -> None:
     offloaded = memory(xl(engine__offload_optimizer=True), world_size=8, zero_stage=2)
-    assert (offloaded.master, offloaded.moments) == (0, 0)
+    assert (offloaded.float32_weights, offloaded.moments) == (0, 0)
 
 
 def test_recomputed_blocks_keep_only_their_inputs() -> None:
@@ -75,6 +84,28 @@ def test_recomputed_blocks_keep_only_their_inputs() -> None:
 def test_a_checkpoint_holds_three_or_four_floats_per_parameter() -> None:
     assert checkpoint_bytes(xl()) == 12 * 774_699_520
     assert checkpoint_bytes(xl(optimizer__ema_decay=0.999)) == 16 * 774_699_520
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_steps", "expected"),
+    [
+        ({"every_n_steps": 10, "keep_latest": 2}, 35, (30, 35)),
+        ({"every_n_steps": 10, "keep_latest": 2}, 7, (7,)),
+        ({"every_n_steps": 2, "keep_latest": 2, "keep_every_n_steps": 4}, 12, (4, 8, 10, 12)),
+        ({"every_n_steps": 10, "keep_latest": 1, "keep_every_n_steps": 20}, 59, (20, 40, 59)),
+    ],
+)
+def test_checkpoints_that_stay_are_the_newest_and_every_nth(
+    fields: dict[str, Any], num_steps: int, expected: tuple[int, ...]
+) -> None:
+    assert kept_checkpoints(CheckpointConfig(**fields), num_steps=num_steps) == expected
+
+
+def test_the_command_counts_the_checkpoints_that_stay_for_good() -> None:
+    # Steps 50,000, 100,000, 150,000 and 200,000, then 246,000, 248,000 and 250,000, of 16 * 789,054,720 bytes each.
+    result = CliRunner().invoke(main, ["plan", str(SPECS / "train_llamagen_xl.yaml")])
+    assert result.exit_code == 0
+    assert "12.62 GB each; 7 are kept at the end (3 newest, every 50,000th step), 88.37 GB" in result.output
 
 
 def test_the_command_shows_every_stage_and_a_verdict() -> None:
