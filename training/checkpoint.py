@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from pipeline.local_storage import LocalStorage, sha256_of_file
+from pipeline.local_storage import LocalStorage, commit, sha256_of_file
 from pipeline.storage import ArtifactError, Storage, sha256_of
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
@@ -300,8 +300,7 @@ def commit_checkpoint(storage: Storage, record: CheckpointRecord) -> None:
         path = storage.root / name
         if path.exists():
             _remove_directory(path)
-        (storage.root / prepared).rename(path)
-        _fsync_dir(path.parent)
+        commit(storage.root / prepared, path)
 
 
 def remove_partial(storage: Storage) -> None:
@@ -347,11 +346,3 @@ def _remove_directory(path: Path) -> None:
     doomed = path.with_name(f"{path.name}.removed{_PARTIAL}")
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _fsync_dir(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

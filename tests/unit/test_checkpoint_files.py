@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disk_calls import record_disk_calls
 from synthetic_checkpoints import FILES, flip_a_bit, prepare, record_of, remove, truncate, write_checkpoint
 
 from pipeline.local_storage import LocalStorage
@@ -101,6 +102,15 @@ def test_a_record_without_its_training_sets_is_read_as_before(storage: Storage) 
     assert read_record(storage, 4).record_sha256 == before
 
 
+def test_a_record_that_was_changed_is_refused(storage: Storage) -> None:
+    write_checkpoint(storage, 4)
+    values = json.loads(storage.read_bytes("checkpoints/step_00000004/record.json"))
+    values["samples_consumed"] += 16
+    storage.write_json("checkpoints/step_00000004/record.json", values)
+    with pytest.raises(ArtifactError, match=r"step_00000004: record\.json does not match its own sha256; use another"):
+        read_record(storage, 4)
+
+
 def test_renamed_checkpoint_is_not_whole(storage: Storage) -> None:
     write_checkpoint(storage, 8)
     path_of(storage, 8).rename(path_of(storage, 9))
@@ -128,9 +138,12 @@ def test_a_checkpoint_of_the_first_version_is_named_with_the_way_out(storage: St
         newest_whole_checkpoint(storage)
 
 
-def test_commit_refuses_a_file_that_did_not_arrive(storage: Storage) -> None:
+@pytest.mark.parametrize("damage", [truncate, remove])
+def test_commit_refuses_a_file_that_did_not_arrive_whole(
+    storage: Storage, damage: Callable[[Storage, str], None]
+) -> None:
     prepare(storage, 8)
-    storage.remove(f"{prepared_name(storage, 8)}/rank_00001.safetensors")
+    damage(storage, f"{prepared_name(storage, 8)}/rank_00001.safetensors")
     with pytest.raises(ArtifactError, match=r"rank_00001\.safetensors must be there with 2101 bytes"):
         commit_checkpoint(storage, record_of(8))
     assert list_checkpoints(storage) == []
@@ -187,3 +200,15 @@ def test_a_checkpoint_appears_under_its_name_in_one_rename(storage: Storage) -> 
     commit_checkpoint(storage, record_of(5))
     assert path_of(storage, 5).stat().st_ino == inode
     assert not prepared.exists()
+
+
+def test_a_checkpoint_is_on_disk_before_its_name_and_its_name_before_the_commit_returns(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = record_disk_calls(monkeypatch, root=Path(storage.url_of("")))
+    write_checkpoint(storage, 5)
+    assert calls[-2:] == ["rename to checkpoints/step_00000005", "fsync checkpoints"]
+    written = [f"checkpoints/step_00000005.partial/{name}" for name in (*FILES, "record.json")]
+    assert [calls.count(f"rename to {name}") for name in written] == [1, 1, 1]
+    for name in written:  # each name on disk
+        assert "fsync checkpoints/step_00000005.partial" in calls[calls.index(f"rename to {name}") :]

@@ -7,10 +7,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from disk_calls import record_disk_calls
 
 from pipeline.config import S3Config
 from pipeline.local_storage import (
     LocalStorage,
+    commit,
     exclusive,
     find_staged,
     is_held,
@@ -34,6 +36,28 @@ def test_nothing_is_visible_before_the_commit(tmp_path: Path) -> None:
         assert staged_path.name.startswith(".staged-a.bin-")
     assert path.read_bytes() == b"whole"
     assert [entry.name for entry in path.parent.iterdir()] == ["a.bin"]
+
+
+def test_a_file_is_on_disk_before_its_name_and_its_name_before_the_commit_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = record_disk_calls(monkeypatch, root=tmp_path)
+    LocalStorage(tmp_path).write_bytes("set/a.bin", b"whole")
+    assert calls == ["fsync set/*", "rename to set/a.bin", "fsync set"]
+    calls.clear()
+    LocalStorage(tmp_path).remove("set/a.bin")
+    assert calls == ["unlink set/a.bin", "fsync set"]
+
+
+def test_a_directory_is_on_disk_with_all_below_it_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half" / "inner").mkdir(parents=True)
+    (tmp_path / "half" / "inner" / "a").write_text("1")
+    calls = record_disk_calls(monkeypatch, root=tmp_path)
+    commit(tmp_path / "half", tmp_path / "whole")
+    assert sorted(calls[:-2]) == ["fsync half", "fsync half/inner", "fsync half/inner/a"]
+    assert calls[-2:] == ["rename to whole", "fsync ."]
 
 
 def test_an_error_leaves_the_old_file_and_no_leftover(tmp_path: Path) -> None:
