@@ -199,7 +199,7 @@ def build_ops_command() -> None:
 @click.argument("spec_path", metavar="SPEC", type=click.Path(path_type=Path))
 @OVERRIDES
 def retry_rejects(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
-    """Try the rejected samples of a finished shard set again, and only those."""
+    """Try the rejected samples of a shard set again, and only those, once all of its units are done."""
     spec = load_spec(spec_path, overrides)
     if not isinstance(spec, TokenizeConfig):
         raise SpecError([f"{spec_path}: kind must be tokenize, got {spec.kind!r}"])

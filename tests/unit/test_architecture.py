@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,29 @@ def test_a_package_imports_only_what_stands_to_its_left(package: str) -> None:
     to_the_right = set(LINE[LINE.index(package) + 1 :])
     wrong = {str(path.relative_to(ROOT)): imported_packages(path) & to_the_right for path in sources(package)}
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def named_in_the_table(package: str) -> list[Path]:
+    """What the document's table of files names of a package; a name without a folder lies where the one before does."""
+    rows = (line.split("|")[1:-1] for line in (ROOT / "docs" / "architecture.md").read_text().splitlines())
+    paths: list[Path] = []
+    of_package = ""
+    for first, _, names, _ in (row for row in rows if len(row) == 4):
+        of_package = first.strip().strip("`/") or of_package
+        folder = ROOT / package
+        for name in re.findall(r"`([^`]+)`", names) if of_package == package else ():
+            if name.endswith("/"):
+                paths.extend((ROOT / package / name).rglob("*.py"))
+                continue
+            paths.append(ROOT / package / name if "/" in name else folder / name)
+            folder = paths[-1].parent
+    return paths
+
+
+@pytest.mark.parametrize("package", LINE)
+def test_the_table_of_files_names_each_once_and_no_other(package: str) -> None:
+    named = [path for path in named_in_the_table(package) if path.name != "__init__.py"]
+    assert sorted(named) == [path for path in sources(package) if path.name != "__init__.py"]
 
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)
