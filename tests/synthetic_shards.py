@@ -67,12 +67,15 @@ def write_shard_set(
     return write_manifest_of(run_dir, shards, num_views=num_views, fingerprint=fingerprint)
 
 
-def damage_samples(shards: Path, *keys: str) -> None:
-    """Put a code that is not in the codebook into the samples of shard 00000 that have these keys."""
+def damage_samples(shards: Path, *keys: str, num_views: int = 1) -> None:
+    """Put a code that is not in the codebook into each view of the samples of shard 00000 that have these keys."""
     shard = shards / "shards" / "00000.tar"
     data = bytearray(shard.read_bytes())
+    view_bytes = 2 * CODES_PER_SIDE**2  # uint16
     for key in keys:
-        data[data.index(f"{key}.codes.npy".encode()) + 512 + 128] = CODEBOOK_SIZE
+        start = data.index(f"{key}.codes.npy".encode()) + 512 + 128
+        for view in range(num_views):
+            data[start + view * view_bytes] = CODEBOOK_SIZE
     shard.write_bytes(bytes(data))
 
 

@@ -137,6 +137,23 @@ def test_a_damaged_sample_is_replaced_by_another_of_its_shard_counted_and_logged
             assert joined(parts, "sample_indices_B").tolist() == after[position : position + 12].tolist()
 
 
+def test_a_damaged_sample_is_replaced_by_the_view_that_was_drawn_for_it(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7, 5, 9), num_views=3)
+    positions = range(0, 252, 12)  # 12 epochs of 21
+    whole = [replacing_loader(shards).batch(position) for position in positions]
+    damage_samples(shards, "000000003", "000000005", num_views=3)
+    batches = [replacing_loader(shards).batch(position) for position in positions]
+    views_seen = set()
+    of_whole = zip(joined(whole, "sample_indices_B").tolist(), joined(whole, "codes_BT").tolist(), strict=True)
+    after = zip(joined(batches, "sample_indices_B").tolist(), joined(batches, "codes_BT").tolist(), strict=True)
+    for (index, codes_T), (index_after, codes_after_T) in zip(of_whole, after, strict=True):
+        view = codes_of(index, num_views=3, codebook_size=16, num_codes=16).tolist().index(codes_T)
+        assert codes_after_T == codes_of(index_after, num_views=3, codebook_size=16, num_codes=16)[view].tolist()
+        if index_after != index:
+            views_seen.add(view)
+    assert views_seen == {0, 1, 2}
+
+
 def test_a_shard_without_a_whole_sample_ends_the_run(tmp_path: Path) -> None:
     shards = write_shard_set(tmp_path / "set", samples_per_shard=(2, 5))
     damage_samples(shards, "000000000", "000000001")

@@ -6,6 +6,8 @@ import os
 import pickle
 import socket
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import (
@@ -21,6 +23,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.s3 import requests
+from pipeline.s3 import upload as upload_module
 from pipeline.s3.lock import LockHolder, is_stale, parse_holder, this_process
 from pipeline.s3.requests import Attempts, S3RefusedError, backoff_s, classify, parse_time
 from pipeline.s3.upload import md5_of, part_bytes_for
@@ -129,6 +132,34 @@ def test_parts_grow_where_10000_of_16_mib_are_too_few() -> None:
     assert part_bytes_for(17 << 20) == 16 << 20
     assert part_bytes_for(10_000 * (16 << 20)) == 16 << 20
     assert part_bytes_for(5 << 40) * 10_000 >= 5 << 40
+
+
+class Bucket:
+    """What an upload asks of S3, kept in memory."""
+
+    bucket = "b"
+
+    def __init__(self) -> None:
+        self.parts: dict[int, bytes] = {}
+        self.content = b""
+
+    async def ask(self, operation: str, **fields: Any) -> dict[str, Any]:
+        if operation == "upload_part":
+            self.parts[fields["PartNumber"]] = fields["Body"]
+        elif operation == "complete_multipart_upload":
+            self.content = b"".join(self.parts[part["PartNumber"]] for part in fields["MultipartUpload"]["Parts"])
+        return {"UploadId": "1", "ETag": "tag", "ContentLength": len(self.content)}
+
+
+def test_parts_of_any_size_are_put_together_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_module, "PART_BYTES", 10)
+    monkeypatch.setattr(upload_module, "MAX_PARTS", 3)
+    data = bytes(range(100))
+    (tmp_path / "a").write_bytes(data)
+    bucket = Bucket()
+    asyncio.run(upload_module.upload(bucket, "a", tmp_path / "a"))  # type: ignore[arg-type]
+    assert bucket.parts == {1: data[:34], 2: data[34:68], 3: data[68:]}
+    assert bucket.content == data
 
 
 def holder(**changes: object) -> LockHolder:

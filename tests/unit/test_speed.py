@@ -1,7 +1,7 @@
 """Rates and MFU of a run's step times, and the peak that a device is measured to have."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from synthetic_shards import train_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training import hardware
 from training.hardware import measured_peak_flops, peak_memory_bytes
 from training.progress import Speed, StepCosts
 from training.ranks import Ranks
@@ -35,37 +36,32 @@ def test_rates_are_means_over_the_steps_of_a_line(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_measured_in_a_second_and_no_product_beats_it_by_far(dtype: torch.dtype) -> None:
-    began = time.perf_counter()
-    peak = measured_peak_flops(CPU, dtype=dtype)
-    assert time.perf_counter() - began < 5.0  # a second on an idle machine
-    left = torch.ones(512, 512, dtype=dtype)
-    began = time.perf_counter()
-    for _ in range(4):
-        left @ left
-    assert peak > 0.2 * 4 * 2 * 512**3 / (time.perf_counter() - began)
+class _Device(TorchDispatchMode):
+    """A device with its own clock: 10^11 FLOP/s in products of 512, half of it in others, the first a second late."""
 
-
-class _SlowStart(TorchDispatchMode):
-    """Products whose first takes a second, as a CUDA device's does, which loads the library first."""
-
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.sizes: list[int] = []
+        self.products: list[tuple[int, torch.dtype]] = []
+        self.now_s = 0.0
+        monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: self.now_s))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mm.default:
-            if not self.sizes:
-                time.sleep(1.0)
-            self.sizes.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.mm.default:
+            return func(*args, **(kwargs or {}))
+        size = len(args[0])
+        self.now_s += 2.0 * size**3 / (1e11 if size == 512 else 0.5e11) + (0.0 if self.products else 1.0)
+        self.products.append((size, args[0].dtype))
+        return torch.empty_like(args[0])
 
 
-def test_a_slow_start_does_not_end_the_search_for_the_peak_at_the_smallest_product() -> None:
-    with _SlowStart() as products:
-        measured_peak_flops(CPU, dtype=torch.float32)
-    assert len(set(products.sizes)) > 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_that_of_the_fastest_product_and_found_in_a_second(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    with _Device(monkeypatch) as device:
+        assert measured_peak_flops(CPU, dtype=dtype) == pytest.approx(1e11)
+    assert {dtype_of_product for _, dtype_of_product in device.products} == {dtype}
+    assert device.now_s < 1.0 + 1.0  # a slow start is not in it, and does not end the search at the smallest product
 
 
 def test_memory_counts_what_the_process_has_held() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -86,13 +87,16 @@ def test_every_run_is_done_in_its_own_directory_and_told_in_three_files(spec: Pa
     assert "http" not in page
 
 
-def test_running_it_again_does_nothing_again_and_a_lost_study_json_is_written_anew(spec: Path) -> None:
+def test_running_it_again_does_nothing_again_and_a_lost_study_json_is_written_anew(
+    tmp_path: Path, weights: Path
+) -> None:
+    own = shutil.copytree(weights, tmp_path / "weights")
+    spec = write_sample_study(tmp_path, weights=own)
     first = run_study(study_of(spec))
     before = results_of(spec.parent / "study")
     (spec.parent / "study" / "study.json").unlink()
-    began = time.monotonic()
+    shutil.rmtree(own)  # without weights nothing can be sampled
     assert run_study(study_of(spec)) == first
-    assert time.monotonic() - began < 3
     assert results_of(spec.parent / "study") == before
     assert json.loads((spec.parent / "study" / "study.json").read_text()) == first.model_dump(mode="json")
 

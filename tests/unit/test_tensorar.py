@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from training.config import ModelConfig
 from training.gpt import RMSNorm, attend
 from training.noise import make_windows
-from training.tensorar import InputEncoder, OutputDecoder, TensorAR, build_model, split_heads
+from training.tensorar import InputEncoder, OutputDecoder, TensorAR, build_model, has_tables, split_heads
 
 
 def _config(*, window_size: int = 4, codebook_size: int = 24) -> ModelConfig:
@@ -181,3 +181,8 @@ def test_plain_attention_on_a_cpu_in_bfloat16_equals_the_fused_kernel(causal: bo
     got = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=causal)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.03)
+
+
+def test_the_input_encoder_projects_the_codes_where_they_are_fewer_than_the_windows() -> None:
+    assert has_tables(codebook_size=16384, num_windows=16385)
+    assert not has_tables(codebook_size=16384, num_windows=16384)
