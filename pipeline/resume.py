@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import (
     LedgerRecord,
-    Retried,
     files_problem,
     index_name,
     rejects_name,
@@ -25,9 +25,16 @@ from pipeline.ledger import (
     stem_of,
     write_record,
 )
-from pipeline.rejects import read_rejects
-from pipeline.retry import RetryDetails, RetrySource, first_usable, names_in_plan, retried_picks
-from pipeline.shards import read_shard
+from pipeline.retried_inputs import (
+    RetriedInput,
+    check_names,
+    check_rejected_again,
+    check_sizes,
+    inputs_to_retry,
+    is_as_retried,
+    retried_inputs,
+)
+from pipeline.retry import RetrySource
 from pipeline.sources.plan import KeyFormat, Plan, WorkUnit
 from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
@@ -35,7 +42,6 @@ from pipeline.tally import Tally
 from tokenization.fingerprint import Fingerprint
 
 MAX_NAMED_FIELDS = 8
-MAX_NAMED_SAMPLES = 3
 PLAN_NAME = "plan.json"
 PLACE_FIELDS = frozenset({"urls", "urls_file", "root", "class_names"})
 """Fields of sources that say where a corpus lies, which may change; all other fields are part of the identity."""
@@ -98,13 +104,6 @@ def check_identity(
     return {**begun_with}
 
 
-class _RetriedInput(NamedTuple):
-    """The input of a unit as an appended unit read it; mark None where the record does not say."""
-
-    fingerprint: str
-    mark: str | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a set holds at the start of a run."""
@@ -141,171 +140,100 @@ def find_finished(
             that would now write samples which `retry-rejects` has written; or a unit whose rejects are about to be
             retried would now hold other samples. Nothing is removed then.
     """
-    files = storage.list("shards/")
-    files.update(storage.list("rejects/"))
-    tally, doubtful, redone = Tally(), list[LedgerRecord](), dict[str, str]()
-    num_renewed = 0
-    retried_from: dict[str, set[_RetriedInput]] = {}
-    for stem, record in ledger.records():
-        if isinstance(record, ArtifactError):
-            redone[_stem_in_plan(storage, stem, plan=plan)] = f"ledger/{stem}.json is damaged"
-            logger.warning("%s", record)
-            continue
-        unit = _unit_of(storage, record, plan=plan, stem=stem, fingerprint_digest=fingerprint_digest)
-        if record.retried is not None:
-            for input_stem, seen in _retried_inputs(record, record.retried):
-                retried_from.setdefault(input_stem, set()).add(seen)
-            unit = replace(unit, mark=record.input_mark)  # its input is that of other units, which are looked at
-        reason = _file_reason(storage, record, stem=stem, files=files)
-        if reason is not None:
-            redone[stem] = reason
-        elif _is_same_input(unit, record):
-            num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
-            _keep(record, stem=stem, tally=tally, files=files)
-        else:
-            doubtful.append(record)
-    to_retry = _inputs_to_retry(plan, tally=tally)
+    search = _Search(storage, plan=plan, ledger=ledger)
+    doubtful = search.sort_records(fingerprint_digest=fingerprint_digest)
+    to_retry = inputs_to_retry(plan, tally=search.tally)
     for record in sorted(doubtful, key=lambda record: record.unit_index):
-        unit, stem = plan.units[record.unit_index], plan.keys.stem(record.unit_index)
-        when_retried = retried_from.get(stem, set())
-        if record.unit_index in to_retry or _is_as_retried(unit, when_retried):
-            # Its input was mended for `retry-rejects`, which reads what became of its rejects.
-            if record.unit_index in to_retry and unit.fingerprint != record.unit_fingerprint:
-                _check_names(storage, record, stem=stem, unit=unit)
-            _keep(record, stem=stem, tally=tally, files=files)
-            continue
-        reason = _input_reason(unit, record, source=source)
-        if reason is None:
-            num_renewed += _renew(storage, record, stem=stem, unit=unit, files=files, ledger=ledger)
-            _keep(record, stem=stem, tally=tally, files=files)
-        elif when_retried:
-            _check_sizes(storage, unit, reason=reason, when_retried=when_retried)
-            _keep(record, stem=stem, tally=tally, files=files)
-        else:
-            redone[stem] = reason
-    _check_rejected_again(storage, plan=plan, tally=tally, source=source, config=config, reasons=redone)
+        search.judge(record, source=source, is_to_retry=record.unit_index in to_retry)
+    tally, redone = search.tally, search.redone
+    check_rejected_again(storage, plan=plan, tally=tally, source=source, config=config, reasons=redone)
     for stem, reason in redone.items():
         logger.warning("unit %d (%s) is done again: %s", int(stem), plan.units[int(stem)].name, reason)
         ledger.forget(stem)
-    if num_renewed:
-        logger.info("tokenize %s: units_moved_or_touched=%d, their contents are the same", storage, num_renewed)
+    if search.num_renewed:
+        logger.info("tokenize %s: units_moved_or_touched=%d, their contents are the same", storage, search.num_renewed)
         ledger.gather()
-    return Found(tally=tally, uncommitted=tuple(name for name in files if not _is_of_tally(name, tally)))
+    return Found(tally=tally, uncommitted=tuple(name for name in search.files if not _is_of_tally(name, tally)))
 
 
-def _keep(record: LedgerRecord, *, stem: str, tally: Tally, files: dict[str, FileInfo]) -> None:
-    """Count a record, and let go of its files, which in a large set take as much memory as the tally."""
-    tally.add(record)
-    for name in (shard_name(stem), index_name(stem), rejects_name(stem)):
-        files.pop(name, None)
+class _Search:
+    """A look through the records of a set: which units need no work, and why others are done again."""
 
+    def __init__(self, storage: Storage, *, plan: Plan, ledger: Ledger) -> None:
+        self._storage, self._plan, self._ledger = storage, plan, ledger
+        self._retried_from: defaultdict[str, set[RetriedInput]] = defaultdict(set)
+        self.files = storage.list("shards/")
+        self.files.update(storage.list("rejects/"))
+        self.tally = Tally()
+        self.redone: dict[str, str] = {}
+        """Why a unit is done again, by its digits."""
+        self.num_renewed = 0
 
-def _renew(
-    storage: Storage,
-    record: LedgerRecord,
-    *,
-    stem: str,
-    unit: WorkUnit,
-    files: Mapping[str, FileInfo],
-    ledger: Ledger,
-) -> bool:
-    """Commit a record with the marks that its input and its shard have now; False where it has them already.
+    def sort_records(self, *, fingerprint_digest: str) -> list[LedgerRecord]:
+        """Keep the units whose files and input are as their record says; return those whose input is in doubt."""
+        doubtful: list[LedgerRecord] = []
+        for stem, record in self._ledger.records():
+            if isinstance(record, ArtifactError):
+                self.redone[_stem_in_plan(self._storage, stem, plan=self._plan)] = f"ledger/{stem}.json is damaged"
+                logger.warning("%s", record)
+                continue
+            unit = _unit_of(self._storage, record, plan=self._plan, stem=stem, fingerprint_digest=fingerprint_digest)
+            if record.retried is not None:
+                for input_stem, seen in retried_inputs(record, record.retried):
+                    self._retried_from[input_stem].add(seen)
+                unit = replace(unit, mark=record.input_mark)  # its input is that of other units, which are looked at
+            reason = _file_reason(self._storage, record, stem=stem, files=self.files)
+            if reason is not None:
+                self.redone[stem] = reason
+            elif _is_same_input(unit, record):
+                self._renew(record, stem=stem, unit=unit)
+                self._keep(record, stem=stem)
+            else:
+                doubtful.append(record)
+        return doubtful
 
-    Else a set or a corpus that was moved would be read whole at the start of every run.
-    """
-    shard_mark = "" if record.shard is None else files[shard_name(stem)].mark
-    if (record.input_mark, record.shard_mark) == (unit.mark, shard_mark):
-        return False
-    renewed = record.model_copy(update={"input_mark": unit.mark, "shard_mark": shard_mark})
-    ledger.note(stem, renewed, mark=write_record(storage, stem, renewed).mark)
-    return True
+    def judge(self, record: LedgerRecord, *, source: RetrySource, is_to_retry: bool) -> None:
+        """Keep a unit whose input is in doubt, or have it done again; called once all records were sorted."""
+        unit, stem = self._plan.units[record.unit_index], self._plan.keys.stem(record.unit_index)
+        when_retried = self._retried_from.get(stem, set())
+        if is_to_retry or is_as_retried(unit, when_retried):
+            # Its input was mended for `retry-rejects`, which reads what became of its rejects.
+            if is_to_retry and unit.fingerprint != record.unit_fingerprint:
+                check_names(self._storage, record, stem=stem, unit=unit)
+            self._keep(record, stem=stem)
+            return
+        reason = _input_reason(unit, record, source=source)
+        if reason is None:
+            self._renew(record, stem=stem, unit=unit)
+        elif when_retried:
+            check_sizes(self._storage, unit, reason=reason, when_retried=when_retried)
+        else:
+            self.redone[stem] = reason
+            return
+        self._keep(record, stem=stem)
+
+    def _keep(self, record: LedgerRecord, *, stem: str) -> None:
+        """Count a record, and let go of its files, which in a large set take as much memory as the tally."""
+        self.tally.add(record)
+        for name in (shard_name(stem), index_name(stem), rejects_name(stem)):
+            self.files.pop(name, None)
+
+    def _renew(self, record: LedgerRecord, *, stem: str, unit: WorkUnit) -> None:
+        """Commit a record with the marks that its input and its shard have now, where they are others.
+
+        Else a set or a corpus that was moved would be read whole at the start of every run.
+        """
+        shard_mark = "" if record.shard is None else self.files[shard_name(stem)].mark
+        if (record.input_mark, record.shard_mark) == (unit.mark, shard_mark):
+            return
+        renewed = record.model_copy(update={"input_mark": unit.mark, "shard_mark": shard_mark})
+        self._ledger.note(stem, renewed, mark=write_record(self._storage, stem, renewed).mark)
+        self.num_renewed += 1
 
 
 def _is_of_tally(name: str, tally: Tally) -> bool:
     stem = stem_of(name)
     return stem.isdigit() and int(stem) in tally
-
-
-def _inputs_to_retry(plan: Plan, *, tally: Tally) -> set[int]:
-    """Return the units whose rejects are about to be tried again."""
-    appended = [unit for unit in plan.units if isinstance(unit.details, RetryDetails) and unit.unit_index not in tally]
-    return {of_input.unit_index for unit in appended for of_input, _ in unit.details.picks}
-
-
-def _retried_inputs(record: LedgerRecord, retried: Retried) -> Iterator[tuple[str, _RetriedInput]]:
-    """Yield each input of an appended unit as it read it, by the digits of the input's own unit."""
-    marks = dict(zip(retried.inputs, record.input_mark.split(), strict=False))  # records of before have none
-    for stem, fingerprint in retried.inputs.items():
-        yield stem, _RetriedInput(fingerprint, marks.get(stem))
-
-
-def _is_as_retried(unit: WorkUnit, when_retried: Collection[_RetriedInput]) -> bool:
-    """Return whether the input of a unit is what an appended unit has read, as far as a listing tells."""
-    return any(seen.fingerprint == unit.fingerprint and seen.mark in (unit.mark, None) for seen in when_retried)
-
-
-def _check_sizes(storage: Storage, unit: WorkUnit, *, reason: str, when_retried: Collection[_RetriedInput]) -> None:
-    """Raise ArtifactError if the input of a unit has other names or sizes than when its rejects were retried.
-
-    Of an input that was mended no record holds the contents, so more than a warning cannot be had of them.
-    """
-    if unit.fingerprint in {seen.fingerprint for seen in when_retried}:
-        logger.warning(
-            "unit %d (%s) is kept: its input was written again after its rejects were retried, and only names and "
-            "sizes are known to be the same; if contents changed, use another run_dir",
-            unit.unit_index,
-            unit.name,
-        )
-        return
-    raise ArtifactError(
-        f"tokenize {storage}: {reason} in unit {unit.unit_index} ({unit.name}) after its rejects were retried; run "
-        "tensorar retry-rejects if more of them were mended, or undo the change, or use another run_dir"
-    )
-
-
-def _check_names(storage: Storage, record: LedgerRecord, *, stem: str, unit: WorkUnit) -> None:
-    """Raise ArtifactError if a unit that is kept would now read a sample that it has not read, and no unit would."""
-    names = names_in_plan(unit)
-    if names is None:
-        return
-    known = set[str]()
-    if record.shard is not None:
-        known.update(sample.metadata["source"] for sample in read_shard(storage, shard_name(stem)))
-    if record.counts.num_read > record.counts.num_written:
-        known.update(reject.source for reject in read_rejects(storage, rejects_name(stem)))
-    if names != known:
-        raise ArtifactError(
-            f"retry rejects of {storage}: unit {unit.unit_index} ({unit.name}) must hold the samples that it was made "
-            f"from, got {_named(names - known)} in place of {_named(known - names)}; put mended files back under their "
-            "old names, rows into their old row groups, or use another run_dir"
-        )
-
-
-def _named(names: Collection[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED_SAMPLES} more" if len(names) > MAX_NAMED_SAMPLES else ""
-    return (", ".join(sorted(names)[:MAX_NAMED_SAMPLES]) or "none") + more
-
-
-def _check_rejected_again(
-    storage: Storage,
-    *,
-    plan: Plan,
-    tally: Tally,
-    source: RetrySource,
-    config: TokenizeConfig,
-    reasons: Mapping[str, str],
-) -> None:
-    """Raise ArtifactError if a unit that is done again would write a sample that an appended unit writes too."""
-    for unit_index, picks in retried_picks(plan, tally=tally).items():
-        unit, stem = plan.units[unit_index], plan.keys.stem(unit_index)
-        usable = first_usable(unit, picks, source=source, config=config)
-        if usable is not None:
-            reason, key = reasons.get(stem, f"ledger/{stem}.json is missing"), plan.keys.key(unit_index, usable)
-            raise ArtifactError(
-                f"tokenize {storage}: {reason} in unit {unit_index} ({unit.name}), whose input was mended for its "
-                f"rejects to be retried: done again, it would write sample {key} a second time; put the file back from "
-                "a copy, or use another run_dir"
-            )
 
 
 def _stem_in_plan(storage: Storage, stem: str, *, plan: Plan) -> str:
