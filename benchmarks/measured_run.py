@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from synthetic_shards import fingerprint_of, write_shard_set
@@ -119,8 +117,3 @@ def train_config(run_dir: Path, *, shards: Path, **sections: Any) -> TrainConfig
         "cluster": {"launcher": "torchrun"},
     }
     return TrainConfig.model_validate(spec | sections)
-
-
-def mean_step_s(run: MeasuredRun) -> float:
-    """Return the mean of all steps but the first, which warms up."""
-    return float(np.mean(run.step_s[1:] or run.step_s))

@@ -40,6 +40,14 @@ def pixels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     native.library.cache_clear()
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Torch's number of threads is put back after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `gpu` test on a machine without a CUDA device; fail it under REQUIRE_GPU=1."""
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from pipeline.config import S3Config
 from training.config import TrainConfig
+from training.run_weights import find_run_checkpoint
 
 SCRIPT = Path(__file__).with_name("run_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -45,3 +49,10 @@ def ranks_of(torchrun: int) -> list[int]:
     """Return the process ids of the ranks of a torchrun process, in rank order."""
     children = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()
     return [int(child) for child in children]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Return the float32 weights of a run's newest checkpoint."""
+    checkpoint = find_run_checkpoint(str(run_dir), s3=S3Config())
+    assert checkpoint is not None
+    return checkpoint.read_weights()

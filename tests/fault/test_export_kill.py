@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from synthetic_shards import write_shard_set
+from toy_corpus import files_of
 
 from jobs.cli import main
 
@@ -38,12 +39,4 @@ def test_a_killed_export_leaves_whole_files_and_its_rerun_the_bytes_of_a_clean_o
     for output in ("out", "clean"):
         result = CliRunner().invoke(main, export_words(run_dir, tmp_path / output))
         assert result.exit_code == 0, result.output
-    assert files_below(tmp_path / "out") == files_below(tmp_path / "clean")
-
-
-def files_below(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "clean")

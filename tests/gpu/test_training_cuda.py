@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 from synthetic_shards import fingerprint_of, train_config, write_shard_set
-from training_processes import TORCHRUN, run_script
+from training_processes import TORCHRUN, run_script, weights_of
 
-from pipeline.config import S3Config
 from training.metrics import read_metrics
-from training.run_weights import find_run_checkpoint
 
 pytestmark = pytest.mark.gpu
 
@@ -79,7 +77,7 @@ def test_a_run_resumes_bit_for_bit(
         halves = _train(tmp_path / "halves", shards, num_steps=num_steps, **changes)
     assert len(whole) == 6
     assert halves == whole
-    weights = [_weights(tmp_path / name) for name in ("whole", "halves")]
+    weights = [weights_of(tmp_path / name) for name in ("whole", "halves")]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
@@ -91,12 +89,6 @@ def test_native_and_reference_ops_train_alike(shards: Path, tmp_path: Path) -> N
     for one, other in zip(native, reference, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-4)
         assert one["loss_of_offset"] == pytest.approx(other["loss_of_offset"], abs=5e-4)
-
-
-def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = find_run_checkpoint(str(run_dir), s3=S3Config())
-    assert checkpoint is not None
-    return checkpoint.read_weights()
 
 
 def test_the_measured_peak_holds_nothing_of_a_start() -> None:

@@ -13,26 +13,18 @@ import psutil
 import pytest
 import torch
 from synthetic_shards import damage_samples, train_config, write_shard_set
-from training_processes import ranks_of, run, start
+from training_processes import ranks_of, run, start, weights_of
 
-from pipeline.config import S3Config
 from pipeline.storage import open_storage
 from training.checkpoint import list_checkpoints, read_record, verify_checkpoint
 from training.config import TrainConfig
 from training.metrics import read_metrics
-from training.run_weights import find_run_checkpoint
 
 PURE_FIELDS = ("step", "split", "loss", "loss_of_offset", "accuracy_of_offset", "grad_norm", "own_draft_loss_0")
 
 
 def checkpoints_of(run_dir: Path) -> list[int]:
     return list_checkpoints(open_storage(str(run_dir)))
-
-
-def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = find_run_checkpoint(str(run_dir), s3=S3Config())
-    assert checkpoint is not None
-    return checkpoint.read_weights()
 
 
 def measured(run_dir: Path) -> list[dict[str, Any]]:

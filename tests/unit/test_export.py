@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from synthetic_shards import codes_of, fingerprint_of, write_shard_set
+from toy_corpus import files_of
 
 from pipeline.config import S3Config
 from pipeline.export import LlamaGenExport, code_folder, export_llamagen
@@ -139,7 +140,7 @@ def test_a_rerun_writes_only_what_is_missing(tmp_path: Path) -> None:
     export(run_dir, tmp_path / "out")
     assert {path: path.stat().st_mtime_ns for path in done_before} == done_before
     export(run_dir, tmp_path / "clean")
-    assert files_below(tmp_path / "out") == files_below(tmp_path / "clean")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "clean")
 
 
 def test_a_finished_export_is_left_as_it_is(tmp_path: Path) -> None:
@@ -176,10 +177,10 @@ def test_only_the_shards_that_lost_a_file_are_read_again(tmp_path: Path) -> None
 
 def test_another_set_is_not_exported_into_the_same_folder(tmp_path: Path) -> None:
     export(make_set(tmp_path / "a"), tmp_path / "out")
-    before = files_below(tmp_path / "out")
+    before = files_of(tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"must speak of this set as it is now, got manifest .*another --output"):
         export(make_set(tmp_path / "b", first_sample=7), tmp_path / "out")
-    assert files_below(tmp_path / "out") == before
+    assert files_of(tmp_path / "out") == before
 
 
 def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
@@ -230,11 +231,3 @@ def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
     (make_set(tmp_path / "set") / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"manifest\.json: .*finish the tokenize job"):
         export(tmp_path / "set", tmp_path / "out")
-
-
-def files_below(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }

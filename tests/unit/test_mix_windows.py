@@ -1,7 +1,5 @@
 """The input encoder's attention by the native op: as in float64, the same bits on any number of threads."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,13 +25,6 @@ SHAPES = [  # windows, window_size, heads, dim, codebook_size
     (530, 2, 4, 64, 700),
     (2800, 4, 4, 768, 100),  # a result that is written past the caches
 ]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def _inputs(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -93,6 +84,7 @@ def test_values_and_gradients_are_those_of_the_reference_in_float64(
         assert (actual.double() - wanted).abs().max() <= bound * wanted.abs().max()
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradients_have_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     load_ops()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -101,13 +100,6 @@ def test_codes_and_counters_may_be_views() -> None:
     codes, arguments = torch.randint(0, 50, (16, 6)).T, arguments_of(batch=6, window_size=4)
     arguments["sample_counters_B"] = torch.arange(12)[::2]
     assert torch.equal(ops.noise_windows(codes, **arguments), noise.noise_windows(codes, **arguments))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,7 +1,8 @@
 """The `.npz` that ADM's evaluator reads: images as `arr_0`, uint8 (N, H, W, 3); and its reference statistics.
 
 Only arrays are read, never pickled objects. The published FIDs come from that evaluator and its Inception: a file of
-50,000 samples written here can be judged by it wherever TensorFlow is.
+50,000 samples written here can be judged by it wherever TensorFlow is. No job reads such files: reading is for scripts
+that compare with a published reference (`distances.frechet_distance_of_moments`).
 
 Source: openai/guided-diffusion, evaluations.
 """
