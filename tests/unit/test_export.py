@@ -155,24 +155,24 @@ def test_a_finished_export_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_file_that_a_finished_export_lost_is_written_again(tmp_path: Path, folder: str, is_empty: bool) -> None:
     run_dir = make_set(tmp_path / "set")
     export(run_dir, tmp_path / "out")
-    whole = files_below(tmp_path / "out")
+    whole = files_of(tmp_path / "out")
     for index in (1, 4):
         lost = tmp_path / "out" / "code_c2i" / folder / f"{index}.npy"
         lost.unlink()
         if is_empty:
             lost.touch()
         export(run_dir, tmp_path / "out")
-        assert files_below(tmp_path / "out") == whole
+        assert files_of(tmp_path / "out") == whole
 
 
 def test_only_the_shards_that_lost_a_file_are_read_again(tmp_path: Path) -> None:
     run_dir = make_set(tmp_path / "set")
     export(run_dir, tmp_path / "out")
-    whole = files_below(tmp_path / "out")
+    whole = files_of(tmp_path / "out")
     (run_dir / "shards" / "00000.tar").unlink()
     (tmp_path / "out" / "code_c2i" / "imagenet8_codes" / "3.npy").unlink()
     export(run_dir, tmp_path / "out")
-    assert files_below(tmp_path / "out") == whole
+    assert files_of(tmp_path / "out") == whole
 
 
 def test_another_set_is_not_exported_into_the_same_folder(tmp_path: Path) -> None:
