@@ -74,7 +74,7 @@ def stage(path: Path) -> Iterator[Path]:
     Yields:
         The path to write to; it does not exist yet. After an error it is removed and `path` is as before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(path.parent)
     staged_path = path.with_name(f"{STAGED_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield staged_path
@@ -86,6 +86,15 @@ def stage(path: Path) -> Iterator[Path]:
             raise_full(error, doing=f"write {path}", action=action)
             raise_outage(error, doing=f"write {path}")
         raise
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing, each kept by its parent as a commit would be."""
+    if path.is_dir():
+        return
+    _make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    _fsync(path.parent)
 
 
 def raise_outage(error: OSError, *, doing: str) -> None:

@@ -43,7 +43,7 @@ def test_a_file_is_on_disk_before_its_name_and_its_name_before_the_commit_return
 ) -> None:
     calls = record_disk_calls(monkeypatch, root=tmp_path)
     LocalStorage(tmp_path).write_bytes("set/a.bin", b"whole")
-    assert calls == ["fsync set/*", "rename to set/a.bin", "fsync set"]
+    assert calls == ["fsync .", "fsync set/*", "rename to set/a.bin", "fsync set"]  # first that `set` is there
     calls.clear()
     LocalStorage(tmp_path).remove("set/a.bin")
     assert calls == ["unlink set/a.bin", "fsync set"]
