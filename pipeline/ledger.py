@@ -25,6 +25,10 @@ MANIFEST_NAME = "manifest.json"
 _File = TypeVar("_File", "LedgerRecord", "PoisonRecord", "Manifest")
 
 
+class NewerVersionError(ArtifactError):
+    """A file that a newer tensorar wrote: nothing of it may be taken for damaged and made anew."""
+
+
 class Retried(Config):
     """What an appended unit tried again; present only in its record."""
 
@@ -226,17 +230,19 @@ def _parse(storage: Storage, name: str, data: bytes, model: type[_File]) -> _Fil
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise ArtifactError(f"read {storage.url_of(name)}: {_problem(data, error)}") from error
+        raise _error_of(f"read {storage.url_of(name)}", data, error) from error
 
 
-def _problem(data: bytes, error: ValidationError) -> str:
+def _error_of(doing: str, data: bytes, error: ValidationError) -> ArtifactError:
     """Return what is wrong with a file and what to do; one of a newer version may be whole."""
     update = "update tensorar, a newer one wrote it"
     with contextlib.suppress(ValueError):
         value = json.loads(data)
         if isinstance(value, dict) and isinstance(version := value.get("version"), int) and version > 1:
-            return f"version must be 1, got {version}; {update}"
+            return NewerVersionError(f"{doing}: version must be 1, got {version}; {update}")
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "file"
-    is_unknown = all(problem["type"] == "extra_forbidden" for problem in error.errors())
-    return f"{where}: {first['msg'].lower()}; {update if is_unknown else 'remove it and rerun the tokenize job'}"
+    problem = f"{doing}: {where}: {first['msg'].lower()}"
+    if all(each["type"] == "extra_forbidden" for each in error.errors()):
+        return NewerVersionError(f"{problem}; {update}")
+    return ArtifactError(f"{problem}; remove it and rerun the tokenize job")

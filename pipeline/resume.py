@@ -18,6 +18,7 @@ from pipeline.config import TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import (
     LedgerRecord,
+    NewerVersionError,
     files_problem,
     index_name,
     rejects_name,
@@ -139,6 +140,7 @@ def find_finished(
         ArtifactError: a record speaks of another input file or tokenizer than the plan does; a unit must be done again
             that would now write samples which `retry-rejects` has written; or a unit whose rejects are about to be
             retried would now hold other samples. Nothing is removed then.
+        NewerVersionError: a newer tensorar wrote a record; nothing is removed.
     """
     search = _Search(storage, plan=plan, ledger=ledger)
     doubtful = search.sort_records(fingerprint_digest=fingerprint_digest)
@@ -173,6 +175,8 @@ class _Search:
         """Keep the units whose files and input are as their record says; return those whose input is in doubt."""
         doubtful: list[LedgerRecord] = []
         for stem, record in self._ledger.records():
+            if isinstance(record, NewerVersionError):
+                raise record
             if isinstance(record, ArtifactError):
                 self.redone[_stem_in_plan(self._storage, stem, plan=self._plan)] = f"ledger/{stem}.json is damaged"
                 logger.warning("%s", record)

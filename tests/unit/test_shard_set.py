@@ -164,6 +164,17 @@ def finished_units(root: Path) -> list[int]:
     return [unit.unit_index for unit in plan.units if unit.unit_index in found.tally]
 
 
+def test_a_record_of_a_newer_version_ends_a_rerun_and_is_left_as_it_is(root: Path) -> None:
+    path = root / "set" / "ledger" / "00001.json"
+    edit_json(path, lambda value: value.update(version=2))
+    before = path.read_bytes()
+    with pytest.raises(
+        ArtifactError, match=r"00001\.json: version must be 1, got 2; update tensorar, a newer one wrote"
+    ):
+        finished_units(root)
+    assert path.read_bytes() == before
+
+
 def rewrite_same_size(path: Path) -> None:
     data = path.read_bytes()
     assert b"thing 7" in data
