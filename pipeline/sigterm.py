@@ -41,7 +41,11 @@ def raised_on_sigterm() -> Iterator[Sigterm]:
     with _put_back():
         if _is_main_thread():
             signal.signal(signal.SIGTERM, sigterm._on_signal)
-        yield sigterm
+        try:
+            yield sigterm
+        except KeyboardInterrupt:
+            sigterm.check()  # where Ray waits, it makes a plain one of what a handler raises
+            raise
 
 
 @contextlib.contextmanager

@@ -38,6 +38,22 @@ def test_sigterm_is_raised_in_the_body_and_no_error_that_code_may_catch(came: li
     assert came == []
 
 
+def wait_as_ray_does() -> None:
+    """Turn what a handler raises into a plain KeyboardInterrupt, as `ray.wait` does."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None
+
+
+def test_sigterm_where_ray_waits_is_still_told_from_ctrl_c() -> None:
+    with pytest.raises(TerminatedError), raised_on_sigterm():
+        wait_as_ray_does()
+    with pytest.raises(KeyboardInterrupt) as caught, raised_on_sigterm():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, TerminatedError)
+
+
 def test_what_starts_ray_leaves_sigterm_with_its_listener(came: list[int]) -> None:
     with kept_sigterm():
         start_ray()
