@@ -31,6 +31,9 @@ def _check_place(value: str) -> str:
         raise ValueError(f"a path or URL must be given, got {value!r}; name one")
     if "$" in value:
         raise ValueError(f"environment variables are not expanded, got {value!r}; write the path out")
+    scheme, colon, rest = value.partition(":/")
+    if colon and scheme.isalnum() and not rest.startswith("/"):
+        raise ValueError(f"a URL must have two slashes after its scheme, got {value!r}; write {scheme}://{rest}")
     return value
 
 

@@ -296,6 +296,11 @@ def test_a_place_must_be_given_and_has_no_variables(tmp_path: Path, grid: str) -
     ]
 
 
+def test_a_url_one_slash_short_is_no_path(tmp_path: Path) -> None:
+    rule = "a URL must have two slashes after its scheme, got 's3:/bucket/x'; write s3://bucket/x"
+    assert problems(tmp_path, TRAIN.replace("runs/x", "s3:/bucket/x")) == [f"spec.yaml:2: run_dir: {rule}"]
+
+
 def test_the_root_of_a_source_must_be_given(tmp_path: Path) -> None:
     text = "kind: tokenize\nrun_dir: x\nsource: {kind: image_folder, root: ''}\ntokenizer: {weights: x}\n"
     assert problems(tmp_path, text) == ["spec.yaml:3: source.root: a path or URL must be given, got ''; name one"]
