@@ -33,7 +33,7 @@ class ReadAhead(Generic[_Result]):
         self._futures: dict[int, Future[_Result]] = {}
         self._waiting: queue.SimpleQueue[tuple[int, Future[_Result]] | None] = queue.SimpleQueue()
         self._is_closed = False
-        self._thread = threading.Thread(target=self._read_waiting, name="read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._read_waiting, name="batches", daemon=True)
         self._thread.start()
 
     def take(self, position: int) -> _Result:

@@ -68,7 +68,7 @@ def test_a_launch_reads_the_header_of_a_warm_start_on_s3_and_names_what_differs(
 def test_a_damaged_file_is_named_by_its_url(s3_url: str, tmp_path: Path, name: str, content: bytes) -> None:
     url = f"{s3_url}/{name}"
     open_storage(s3_url).write_bytes(name, content)
-    with pytest.raises(ArtifactError, match=f"weights {url}: it must be a"):
+    with pytest.raises(ArtifactError, match=rf"weights {url}: (it must be a|the file must hold nothing but tensors)"):
         warm_start(build_model(model_of().config), url)
     config = train_config(tmp_path / "new", shards=write_shard_set(tmp_path / "set"), warm_start=url)
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"ops": "reference"})})
