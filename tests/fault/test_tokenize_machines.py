@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 from ray_cluster import lose_second_node, running_cluster
+from small_disk import mounted_disk
 from tokenize_process import finish, num_records, start, wait_until, workers_of
 from toy_corpus import files_of, ten_crop_job, write_ten_crop_corpus
 
@@ -54,11 +55,8 @@ def test_a_lost_node_costs_its_units_in_flight_and_no_attempt(corpus: Path, tmp_
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 KiB, too small for the set."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with mounted_disk(tmp_path / "disk", kib=400) as disk:
+        yield disk
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forbidden import forbidden
+from small_disk import mounted_disk
 from synthetic_shards import codes_of, write_shard_set
 
 from pipeline import shard_cache
@@ -113,11 +113,8 @@ def test_an_entry_stays_while_any_of_its_readers_uses_it(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 600 KiB; six shards take 540."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with mounted_disk(tmp_path / "disk", kib=600) as disk:
+        yield disk
 
 
 @needs_root
