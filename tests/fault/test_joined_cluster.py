@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,33 +29,34 @@ def with_token(home: Path, token: str) -> dict[str, str]:
 
 
 @contextmanager
-def node(*arguments: str, cwd: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A node of the cluster, with all that belongs to it, until the body ends."""
+def node(*arguments: str, cwd: Path, environment: dict[str, str]) -> Iterator[None]:
+    """A node of the cluster, which has started, with all that belongs to it, until the body ends."""
+    cwd.mkdir()
     command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
     with (cwd / "node.log").open("ab") as log:
-        started = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
     try:
-        yield started
+        wait_for_start(process, cwd / "node.log")
+        yield
     finally:
-        processes = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
-        for process in processes:
-            process.kill()
-        psutil.wait_procs(processes, timeout=20)
-        started.wait()
+        with suppress(psutil.NoSuchProcess):  # it ended by itself
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            for member in family:
+                member.kill()
+            psutil.wait_procs(family, timeout=20)
+        process.wait()
 
 
-def wait_for_port(port: int, *, of: subprocess.Popen[bytes]) -> None:
-    """Wait until the head answers."""
-    end = time.monotonic() + 60
-    while True:
-        assert of.poll() is None, "the head ended"
-        assert time.monotonic() < end, "the head does not answer"
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
+def wait_for_start(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a node says that it runs.
+
+    Nodes of one machine share a directory of sockets: two that start at the same time take the same, and both end.
+    """
+    end = time.monotonic() + 90
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -64,23 +65,15 @@ def joined(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     environment = with_token(tmp_path / "home", secrets.token_hex(32))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with ExitStack() as nodes:
-        for name in ("head", "first", "second"):
-            (tmp_path / name).mkdir()
-        head = nodes.enter_context(
-            node(
-                *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"),
-                cwd=tmp_path / "head",
-                environment=environment,
-            )
-        )
-        wait_for_port(port, of=head)
-        for name in ("first", "second"):
-            nodes.enter_context(
-                node(f"--address=127.0.0.1:{port}", "--num-cpus=1", cwd=tmp_path / name, environment=environment)
-            )
-        yield f"127.0.0.1:{port}", environment
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    head = ["--head", f"--port={address.partition(':')[2]}", "--num-cpus=0", "--include-dashboard=false"]
+    other = [f"--address={address}", "--num-cpus=1"]
+    with (
+        node(*head, cwd=tmp_path / "head", environment=environment),
+        node(*other, cwd=tmp_path / "first", environment=environment),
+        node(*other, cwd=tmp_path / "second", environment=environment),
+    ):
+        yield address, environment
 
 
 def tokenize(directory: Path, *, address: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
