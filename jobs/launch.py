@@ -107,7 +107,6 @@ def _finished(config: TrainConfig, storage: Storage) -> TrainResult | None:
 
 def _run_under_ray(config: TrainConfig, *, stop: StopRequest, progress: bool) -> Outcome | None:
     with ray_session(config.cluster):
-        stop.listen()  # ray.init catches SIGTERM for itself
         if config.cluster.address == "local":
             check_gpus(config.cluster, num_gpus=ray.cluster_resources().get("GPU", 0.0))
         run = _Run(config, stop=stop)

@@ -64,7 +64,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "validation",
         "wandb_project",
     ),
-    "sample": ("batch_size", "device", "ops"),
+    "sample": ("batch_size", "device", "ops", "s3"),
     "evaluate": EVALUATE_FREE_FIELDS,
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
@@ -95,7 +95,7 @@ def run_spec(spec: Spec, *, progress: bool = True) -> Any:
 
     Returns:
         By kind: `fit_tokenizer` the Path of the weights, `tokenize` the Manifest, `train` the TrainResult, `sample` the
-        Path of the results, `evaluate` the path or URL of the report.
+        path or URL of the results, `evaluate` the path or URL of the report.
 
     Raises:
         RunStoppedError: training was told to stop, and saved first.
@@ -135,10 +135,10 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    if isinstance(spec, TokenizeConfig | TrainConfig | EvaluateConfig):
-        storage = open_storage(spec.run_dir, s3=spec.s3)
+    if isinstance(spec, FitTokenizerConfig):  # cannot live on S3 yet
+        storage = open_storage(str(local_path(spec.run_dir)))
     else:
-        storage = _local(spec.run_dir)
+        storage = open_storage(spec.run_dir, s3=spec.s3)
     new = spec.model_dump(mode="json")
     old = _remembered(storage, spec)
     if old is not None:
@@ -203,11 +203,6 @@ def kind_of(storage: Storage) -> str | None:
         kind = _read(storage).get("kind")
         return kind if isinstance(kind, str) else None
     return None
-
-
-def _local(run_dir: str) -> Storage:
-    """Storage of a kind of job that cannot live on S3 yet; raises ArtifactError for a URL."""
-    return open_storage(str(local_path(run_dir)))
 
 
 def _read(storage: Storage) -> dict[str, Any]:

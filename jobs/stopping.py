@@ -42,13 +42,8 @@ class StopRequest:
         self.is_made = threading.Event()
         self.is_lost = is_lost
 
-    def listen(self) -> None:
-        """Catch the signals from here on; again after whatever else catches them (ray.init does)."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def on_signal(self, number: int, _: FrameType | None) -> None:
+        """Handle a first signal."""
         self.is_made.set()
         # The next one ends the process the usual way: KeyboardInterrupt, or death by SIGTERM.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,7 +62,8 @@ def stop_request(is_lost: threading.Event) -> Iterator[StopRequest]:
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in _SIGNALS} if is_main else {}
     request = StopRequest(is_lost)
-    request.listen()
+    for number in before:
+        signal.signal(number, request.on_signal)
     try:
         yield request
     finally:

@@ -364,7 +364,7 @@ class SampleConfig(Config):
 
     kind: Literal["sample"]
     run_dir: Place
-    """Directory of the results: grid.png, images/, codes.npy, samples.npz, strip.png, samples.json."""
+    """Directory or s3:// URL of the results: grid.png, images/, codes.npy, samples.npz, strip.png, samples.json."""
     weights: Place
     """A training run (its newest whole checkpoint; may be an `s3://` URL) or a `.safetensors` of ours."""
     use_ema: bool = False
@@ -385,6 +385,7 @@ class SampleConfig(Config):
     """Draws and windows by compiled ops (`tensorar build-ops`), or as plain torch: the same draws, more slowly."""
     seed: Seed = 0
     """Seed of all draws."""
+    s3: S3Config = S3Config()
 
     @property
     def num_samples(self) -> int:

@@ -8,12 +8,12 @@ B batch, N samples, T positions, K window_size, V views; H, W, C height, width, 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from pipeline.local_storage import exclusive, local_path, remove_staged, stage, write_json
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.fingerprint import Fingerprint
 from tokenization.tokenizer import Tokenizer
 from training.config import SampleConfig
@@ -38,12 +37,13 @@ RESULT = "samples.json"
 RESULT_VERSION = 1
 GAP_PX = 2
 GAP_VALUE = 255
-FREE_FIELDS = ("kind", "run_dir", "batch_size", "device", "ops")
+NUM_WRITING_THREADS = 8
+FREE_FIELDS = ("kind", "run_dir", "batch_size", "device", "ops", "s3")
 """Fields of the spec that may differ on a rerun: the pictures do not depend on them."""
 
 
-def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | None = None) -> Path:
-    """The run directory, with grid.png, images/, codes.npy, samples.npz, strip.png and samples.json in it.
+def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | None = None) -> str:
+    """The path or URL of the run directory, with grid.png, images/, codes.npy, samples.npz, strip.png, samples.json.
 
     Args:
         config: the job.
@@ -55,17 +55,17 @@ def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | N
         ValueError: a label is not one of the model's classes, or the stride is larger than its window_size.
         NativeOpError: the spec asks for the native ops, and there are none.
     """
-    run_dir = local_path(config.run_dir)
-    if is_finished(config):
-        logger.info("sample run_dir=%s is finished; nothing to do", run_dir)
-        return run_dir
-    with exclusive(run_dir):
-        remove_staged(run_dir)
-        _sample_into(run_dir, config=config, progress=progress)
-    return run_dir
+    storage = open_storage(config.run_dir, s3=config.s3)
+    if is_finished(storage, config=config):
+        logger.info("sample run_dir=%s is finished; nothing to do", storage)
+        return storage.url
+    with storage.exclusive():
+        storage.remove_staged()
+        _sample_into(storage, config=config, progress=progress)
+    return storage.url
 
 
-def is_finished(config: SampleConfig) -> bool:
+def is_finished(storage: Storage, *, config: SampleConfig) -> bool:
     """Whether the run directory already holds the samples of this spec and these weights.
 
     Samples outlive weights that are removed, with a warning.
@@ -73,14 +73,14 @@ def is_finished(config: SampleConfig) -> bool:
     Raises:
         ArtifactError: it holds samples of another spec, or the weights have changed since (a run that trained on).
     """
-    path = local_path(config.run_dir) / RESULT
-    if not path.exists():
+    if storage.find(RESULT) is None:
         return False
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(storage.read_bytes(RESULT))
     except ValueError as error:
         raise ArtifactError(
-            f"read {path}: it must be the JSON of a finished run, got {error}; remove it to sample again"
+            f"read {storage.url_of(RESULT)}: it must be the JSON of a finished run, got {error}; remove it to sample "
+            "again"
         ) from error
     before = SampleConfig.model_validate(result["spec"]).model_dump(mode="json")  # fields since then: their defaults
     now = config.model_dump(mode="json")
@@ -89,7 +89,7 @@ def is_finished(config: SampleConfig) -> bool:
         differing = [f"content of weights (then of step {result['weights']['step']})"]
     if differing:
         raise ArtifactError(
-            f"sample into {config.run_dir}: the directory must be free or of the same spec, got another "
+            f"sample into {storage}: the directory must be free or of the same spec, got another "
             f"{', '.join(differing)}; use another run_dir"
         )
     return True
@@ -98,16 +98,16 @@ def is_finished(config: SampleConfig) -> bool:
 def _has_weights(config: SampleConfig, *, sha256: str) -> bool:
     """Whether the weights are still the same, or gone."""
     try:
-        return digest_of(find_weights(config.weights)) == sha256
+        return digest_of(find_weights(config.weights, s3=config.s3)) == sha256
     except ArtifactError as error:
         logger.warning("sample run_dir=%s keeps its samples; its weights cannot be compared: %s", config.run_dir, error)
         return True
 
 
-def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int, int], None] | None) -> None:
+def _sample_into(storage: Storage, *, config: SampleConfig, progress: Callable[[int, int], None] | None) -> None:
     device = pick_device(config.device)
     model, model_file = load_model(
-        config.weights, device=device, dtype=getattr(torch, config.dtype), use_ema=config.use_ema
+        config.weights, device=device, dtype=getattr(torch, config.dtype), use_ema=config.use_ema, s3=config.s3
     )
     tokenizer = Tokenizer.load(config.tokenizer, device=str(device))
     check_tokenizer(model_file, tokenizer)
@@ -133,11 +133,11 @@ def _sample_into(run_dir: Path, *, config: SampleConfig, progress: Callable[[int
     sampling_s = time.perf_counter() - began
     images_NHWC = tokenizer.decode(sampled.codes_NT.numpy().astype(np.int32))
     decoding_s = time.perf_counter() - began - sampling_s
-    _write_images(run_dir, sampled, images_NHWC, num_columns=config.num_per_label)
-    strip = _write_strip(run_dir, sampled, tokenizer, num_images=config.num_strip_images)
+    _write_images(storage, sampled, images_NHWC, num_columns=config.num_per_label)
+    strip = _write_strip(storage, sampled, tokenizer, num_images=config.num_strip_images)
     result = _describe(config, model_file, tokenizer.fingerprint, sampled) | strip
     times = {"sampling_s": sampling_s, "decoding_s": decoding_s, "images_per_s": config.num_samples / sampling_s}
-    write_json(run_dir / RESULT, result | {key: round(value, 4) for key, value in times.items()})
+    storage.write_json(RESULT, result | {key: round(value, 4) for key, value in times.items()})
 
 
 def pick_device(name: str) -> torch.device:
@@ -214,32 +214,36 @@ def _check_labels(config: SampleConfig, model_file: ModelFile) -> None:
         )
 
 
-def _write_images(run_dir: Path, sampled: SampledCodes, images_NHWC: Images, *, num_columns: int) -> None:
-    shutil.rmtree(run_dir / "images", ignore_errors=True)  # of a run that was killed before its samples.json
-    with stage(run_dir / "images") as staged_path:
-        staged_path.mkdir()
-        for index, image_HWC in enumerate(images_NHWC):
-            Image.fromarray(image_HWC).save(staged_path / f"{index:05d}.png")
-    with stage(run_dir / "grid.png") as staged_path:
-        Image.fromarray(tile_images(images_NHWC, num_columns=num_columns)).save(staged_path, format="PNG")
-    with stage(run_dir / "codes.npy") as staged_path, staged_path.open("wb") as file:
+def _write_images(storage: Storage, sampled: SampledCodes, images_NHWC: Images, *, num_columns: int) -> None:
+    for name in storage.list("images/"):  # of a run of more samples that was killed before its samples.json
+        storage.remove(name)
+    names = [f"images/{index:05d}.png" for index in range(len(images_NHWC))]
+    with ThreadPoolExecutor(NUM_WRITING_THREADS) as threads:  # a request each, where they go to S3
+        list(threads.map(lambda name, image_HWC: _write_png(storage, name, image_HWC), names, images_NHWC))
+    _write_png(storage, "grid.png", tile_images(images_NHWC, num_columns=num_columns))
+    with storage.stage("codes.npy") as staged_path, staged_path.open("wb") as file:
         np.save(file, sampled.codes_NT.numpy().astype(np.int32))
-    with stage(run_dir / "samples.npz") as staged_path, staged_path.open("wb") as file:
+    with storage.stage("samples.npz") as staged_path, staged_path.open("wb") as file:
         np.savez(file, arr_0=images_NHWC)
 
 
-def _write_strip(run_dir: Path, sampled: SampledCodes, tokenizer: Tokenizer, *, num_images: int) -> dict[str, Any]:
+def _write_png(storage: Storage, name: str, image_HWC: Images) -> None:
+    png = io.BytesIO()
+    Image.fromarray(image_HWC).save(png, format="PNG")
+    storage.write_bytes(name, png.getvalue())
+
+
+def _write_strip(storage: Storage, sampled: SampledCodes, tokenizer: Tokenizer, *, num_images: int) -> dict[str, Any]:
     num_samples, _, window_size = sampled.drafts_NTK.shape
     if window_size == 1 or num_images == 0:
-        (run_dir / "strip.png").unlink(missing_ok=True)  # of a run that was killed before its samples.json
+        storage.remove("strip.png")  # of a run that was killed before its samples.json
         reason = "window_size is 1: nothing is refined" if window_size == 1 else "num_strip_images is 0"
         return {"strip": None, "strip_reason": reason}
     count = min(num_images, num_samples)
     sample_indices = [index * num_samples // count for index in range(count)]
     images_NKHWC = decode_refinements(sampled, tokenizer, sample_indices=sample_indices)
     tiled = tile_images(images_NKHWC.reshape(-1, *images_NKHWC.shape[2:]), num_columns=window_size)
-    with stage(run_dir / "strip.png") as staged_path:
-        Image.fromarray(tiled).save(staged_path, format="PNG")
+    _write_png(storage, "strip.png", tiled)
     return {"strip": "strip.png", "strip_sample_indices": sample_indices}
 
 

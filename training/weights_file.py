@@ -150,7 +150,8 @@ def read_header(path: Path) -> ModelHeader:
         ) from error
     if text is None:
         raise ArtifactError(
-            f"read weights {path}: metadata must hold {HEADER_KEY!r}, got none; use a file that a train job wrote"
+            f"read weights {path}: metadata must hold {HEADER_KEY!r}, got none; use a file that a train job "
+            "wrote, or LlamaGen's own .pt"
         )
     try:
         header = ModelHeader.model_validate_json(text)

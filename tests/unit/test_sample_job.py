@@ -71,7 +71,7 @@ def _snapshot(directory: Path) -> dict[str, bytes]:
 
 def test_every_artifact_is_written_and_they_agree(spec: SampleConfig) -> None:
     seen: list[tuple[int, int]] = []
-    run_dir = run_sample(spec, progress=lambda done, total: seen.append((done, total)))
+    run_dir = Path(run_sample(spec, progress=lambda done, total: seen.append((done, total))))
     assert seen == [(4, 6), (6, 6)]
     codes = np.load(run_dir / "codes.npy")
     assert (codes.shape, codes.dtype) == ((6, 9), np.int32)
@@ -92,7 +92,7 @@ def test_every_artifact_is_written_and_they_agree(spec: SampleConfig) -> None:
 
 
 def test_the_result_file_says_what_was_done(spec: SampleConfig) -> None:
-    run_dir = run_sample(spec)
+    run_dir = Path(run_sample(spec))
     result = json.loads((run_dir / "samples.json").read_text())
     assert result["labels"] == [4, 4, 4, 0, 0, 0]
     assert result["seed"] == 9
@@ -110,7 +110,7 @@ def test_the_result_file_says_what_was_done(spec: SampleConfig) -> None:
 
 
 def test_a_rerun_of_a_finished_job_does_nothing_and_of_another_spec_is_refused(spec: SampleConfig) -> None:
-    run_dir = run_sample(spec)
+    run_dir = Path(run_sample(spec))
     times = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     run_sample(spec.model_copy(update={"batch_size": 2}))
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == times
@@ -133,13 +133,13 @@ def test_samples_outlive_their_weights(spec: SampleConfig, caplog: pytest.LogCap
 
 
 def test_a_torn_record_is_named_with_what_to_do(spec: SampleConfig) -> None:
-    (run_sample(spec) / "samples.json").write_text('{"version": 1,')
+    (Path(run_sample(spec)) / "samples.json").write_text('{"version": 1,')
     with pytest.raises(ArtifactError, match=r"/samples\.json: it must be the JSON .*, got .*; remove it"):
         run_sample(spec)
 
 
 def test_a_strip_of_a_killed_job_with_windows_does_not_stay(spec: SampleConfig) -> None:
-    run_dir = run_sample(spec)
+    run_dir = Path(run_sample(spec))
     (run_dir / "samples.json").unlink()
     run_sample(spec.model_copy(update={"num_strip_images": 0}))
     assert not (run_dir / "strip.png").exists()
@@ -159,19 +159,20 @@ def test_a_sampler_that_means_nothing_is_refused(field: str, value: float) -> No
 
 
 def test_a_killed_job_run_again_writes_the_same_pictures(spec: SampleConfig) -> None:
-    run_dir = run_sample(spec)
+    run_dir = Path(run_sample(spec))
     before = _snapshot(run_dir)
     (run_dir / "samples.json").unlink()
     (run_dir / "grid.png").unlink()
     (run_dir / "images" / "00003.png").write_bytes(b"torn")
     (run_dir / ".staged-grid.png-1-aa").write_bytes(b"half")
+    (run_dir / "images" / "00006.png").write_bytes(b"of a spec with more samples")
     run_sample(spec)
     assert _snapshot(run_dir) == before
 
 
 def test_window_size_1_has_no_strip_and_says_why(spec: SampleConfig) -> None:
     _write_model(Path(spec.weights), spec.tokenizer, window_size=1)
-    run_dir = run_sample(spec)
+    run_dir = Path(run_sample(spec))
     result = json.loads((run_dir / "samples.json").read_text())
     assert not (run_dir / "strip.png").exists()
     assert (result["strip"], result["strip_reason"]) == (None, "window_size is 1: nothing is refined")
@@ -221,7 +222,7 @@ def test_samples_json_says_how_many_calls_each_picture_took(
     spec: SampleConfig, sampler: dict[str, Any], calls: list[int] | None
 ) -> None:
     config = spec.model_copy(update={"sampler": SamplerConfig(**sampler)})
-    result = json.loads((run_sample(config) / "samples.json").read_text())
+    result = json.loads((Path(run_sample(config)) / "samples.json").read_text())
     assert result["stride"] == sampler.get("stride", 1)
     assert result["windows_per_call"] == sampler.get("windows_per_call", 1)
     assert len(result["calls_of_image"]) == 6
@@ -235,11 +236,11 @@ def test_samples_json_says_how_many_calls_each_picture_took(
 def test_native_and_reference_ops_draw_the_same_pictures(spec: SampleConfig, tmp_path: Path) -> None:
     native = run_sample(spec)
     reference = run_sample(spec.model_copy(update={"ops": "reference", "run_dir": str(tmp_path / "reference")}))
-    assert _snapshot(native) == _snapshot(reference)
+    assert _snapshot(Path(native)) == _snapshot(Path(reference))
 
 
 def test_samples_of_a_spec_that_lacks_fields_added_since_are_finished(spec: SampleConfig) -> None:
-    path = run_sample(spec) / "samples.json"
+    path = Path(run_sample(spec)) / "samples.json"
     result = json.loads(path.read_text())
     for name in ("windows_per_call", "stride", "draft_top_k", "draft_top_p"):
         del result["spec"]["sampler"][name]
