@@ -38,6 +38,13 @@ def test_the_recipes_of_the_study_differ_in_what_they_compare_alone() -> None:
         assert run.spec.noise.own_draft_fraction == 0.75 or "tuned" not in run.name
 
 
+def test_the_study_evaluates_the_recipes_that_it_trains() -> None:
+    trained, evaluated = (load_job(shipped_spec(f"study_{name}")) for name in ("recipes", "evaluation"))
+    assert isinstance(trained, Study)
+    assert isinstance(evaluated, Study)
+    assert {run.name for run in evaluated.runs} == {run.name for run in trained.runs}
+
+
 def test_the_demos_stages_read_what_earlier_stages_wrote() -> None:
     specs = [load_spec(shipped_spec(stage.spec)) for stage in STAGES]
     written: set[str] = set()
