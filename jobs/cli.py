@@ -106,14 +106,16 @@ def main(*, debug: bool) -> None:
 
 @main.command()
 @click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
-def validate(*, specs: tuple[Path, ...]) -> None:
-    """Check specs; every problem is told with its file and line."""
+@OVERRIDES
+def validate(*, specs: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """Check specs, as `run` would take them; every problem is told with its file and line."""
     problems: list[str] = []
     for path in specs:
         try:
-            job = load_job(path)
+            job = load_job(path, overrides)
         except SpecError as error:
-            problems.extend(error.problems)
+            named = str(path)  # a problem of the command's own values names no spec
+            problems.extend(one if one.startswith(named) else f"{named}: {one}" for one in error.problems)
         else:
             what = f"study of {len(job.runs)} {job.kind} runs" if isinstance(job, Study) else f"{job.kind} spec"
             click.echo(f"{path}: a valid {what}, run_dir {job.run_dir}")

@@ -44,6 +44,16 @@ def test_validate_tells_the_problems_of_all_files_and_ends_in_two(tmp_path: Path
     assert "train_base.yaml: a valid train spec" in result.stdout
 
 
+def test_validate_lays_the_values_of_the_command_over_every_spec(tmp_path: Path) -> None:
+    paths = [str(shipped_spec(name)) for name in ("train_base", "train_tensorar")]
+    result = call("validate", *paths, "--set", f"run_dir={tmp_path}")
+    assert result.stdout == "".join(f"{path}: a valid train spec, run_dir {tmp_path}\n" for path in paths)
+    result = call("validate", *paths, "--set", "num_stepz=3")
+    assert result.exit_code == 2
+    problem = "--set num_stepz=3: num_stepz is not a field; did you mean num_steps?"
+    assert result.stderr.splitlines() == [f"{path}: {problem}" for path in paths]
+
+
 def test_validate_answers_without_loading_anything_heavy() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from jobs.cli import main; "
