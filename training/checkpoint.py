@@ -48,6 +48,8 @@ class RunState(Config):
     """Position of the loader."""
     num_skipped_steps: int = 0
     """Steps that were skipped because loss or gradient norm was not finite."""
+    num_replaced_samples: int = 0
+    """Damaged samples that others took the place of."""
 
 
 class FileRecord(Config):
@@ -78,6 +80,8 @@ class CheckpointRecord(Config):
     """Position of the loader."""
     num_skipped_steps: int = 0
     """Steps that were skipped because loss or gradient norm was not finite."""
+    num_replaced_samples: int = 0
+    """Damaged samples that others took the place of."""
     optimizer_steps: int
     """Steps that the optimiser counts."""
     world_size: int
@@ -104,14 +108,12 @@ class CheckpointRecord(Config):
     @property
     def state(self) -> RunState:
         """Where the run was."""
-        return RunState(
-            step=self.step, samples_consumed=self.samples_consumed, num_skipped_steps=self.num_skipped_steps
-        )
+        return RunState(**{name: getattr(self, name) for name in RunState.model_fields})
 
     def digest(self) -> str:
         """Return what `record_sha256` must be."""
-        left_out = {"record_sha256"} if self.training_sets else {"record_sha256", "training_sets"}
-        canonical = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
+        later = {name for name in ("training_sets", "num_replaced_samples") if not getattr(self, name)}  # than some
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"record_sha256", *later}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

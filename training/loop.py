@@ -160,6 +160,7 @@ class _Run:
         ranks = stepper.ranks
         state = RunState(step=0, samples_consumed=0) if record is None else record.state
         self._step, self._samples_consumed = state.step, state.samples_consumed
+        self._num_replaced = state.num_replaced_samples
         self._loader = Loader(
             shard_sets,
             config=config.data,
@@ -218,6 +219,7 @@ class _Run:
             is_told_to_stop=is_told_to_stop(),
         )
         self._samples_consumed += self._config.engine.global_batch_size
+        self._num_replaced += outcome.num_replaced
         if outcome.is_skipped:
             self._skip(batch, outcome)
         if self._progress is not None:
@@ -227,12 +229,9 @@ class _Run:
                 accuracy_of_offset=outcome.accuracy_of_offset,
                 grad_norm=outcome.grad_norm,
                 num_skipped_steps=self._skipped.count,
+                num_replaced_samples=self._num_replaced,
             )
-            costs = StepCosts(
-                step_s=time.perf_counter() - began,
-                data_wait_s=outcome.data_wait_s,
-                num_replaced=outcome.num_replaced,
-            )
+            costs = StepCosts(step_s=time.perf_counter() - began, data_wait_s=outcome.data_wait_s)
             self._progress.after_step(self._step, measures, costs)
         return outcome.is_stopped
 
@@ -259,7 +258,10 @@ class _Run:
         self._stepper.watchdog.enter("save", step=self._step)
         self._files.publish_records()
         state = RunState(
-            step=self._step, samples_consumed=self._samples_consumed, num_skipped_steps=self._skipped.count
+            step=self._step,
+            samples_consumed=self._samples_consumed,
+            num_skipped_steps=self._skipped.count,
+            num_replaced_samples=self._num_replaced,
         )
         stall_s = self._writer.save(self._stepper.engine, state)
         if self._progress is not None:

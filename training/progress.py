@@ -1,7 +1,7 @@
 """What people see of a run while it goes on, and the lines of metrics.jsonl that say the same; rank 0 only.
 
-Invariant: the measured values of a line are those of its own step, so that the line is the same whether or not the run
-was killed before it; times and rates are means, and replaced samples a sum, over the steps since the last line.
+Invariant: the measured values of a line are those of its own step, and counts those of the run up to it, so that the
+line is the same whether or not the run was killed before it; times and rates are means over the steps since the last.
 Validation and saving are not in step times; the stall of saving has a field of its own.
 """
 
@@ -38,18 +38,18 @@ class StepMeasures:
     """Before clipping."""
     num_skipped_steps: int
     """Steps of the run so far that were skipped, this one included."""
+    num_replaced_samples: int
+    """Damaged samples of the run so far that others took the place of, this step's included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """Where the wall time of one step went, and what its data lacked."""
+    """Where the wall time of one step went."""
 
     step_s: float
     """All of it, reading included."""
     data_wait_s: float
     """Of it, waiting for a batch; the mean over the ranks."""
-    num_replaced: int
-    """Damaged samples that others took the place of."""
 
 
 class Speed:
@@ -125,7 +125,6 @@ class Progress:
         line = asdict(measures) | {
             "learning_rate": learning_rate_of_step(config.optimizer, step, num_steps=config.num_steps),
             **self._speed.rates(self._costs),
-            "num_replaced_samples": sum(entry.num_replaced for entry in self._costs),
             "save_stall_s": self._save_stall_s,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }

@@ -8,6 +8,7 @@ ranged reads; its tensors are read from a copy below TMPDIR, one for each proces
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -17,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.config import S3Config
 from pipeline.s3.staging import staging_directory
-from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage, split_url
+from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage, raise_full, split_url
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 from tokenization.weights_file import hash_weights
@@ -72,6 +72,8 @@ class WeightsFile:
         """Whether there is such a file."""
         if not self._is_remote:
             return Path(self.url).is_file()
+        if "/" not in self.url.removeprefix(S3_SCHEME):
+            return False  # a bucket
         storage, name = self._place
         return storage.find(name) is not None
 
@@ -80,7 +82,7 @@ class WeightsFile:
         if not self._is_remote:
             return read_header(Path(self.url))
         storage, name = self._place
-        with staging_directory() as directory, self._named_for(directory / name) as path:
+        with staging_directory() as directory, self._copied_to(directory / name) as path:
             with storage.open(name) as source:
                 length = source.read(_LENGTH_BYTES)
                 path.write_bytes(length + source.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES)))
@@ -95,7 +97,7 @@ class WeightsFile:
             yield Path(self.url)
             return
         storage, name = self._place
-        with staging_directory() as directory, self._named_for(directory / name) as path:
+        with staging_directory() as directory, self._copied_to(directory / name) as path:
             logger.info("download weights=%s to=%s", self.url, path)
             with storage.open(name) as source, path.open("wb") as copy:
                 shutil.copyfileobj(source, copy, _BLOCK_BYTES)
@@ -111,11 +113,16 @@ class WeightsFile:
         return open_storage(directory, s3=self.s3), name
 
     @contextlib.contextmanager
-    def _named_for(self, path: Path) -> Iterator[Path]:
+    def _copied_to(self, path: Path) -> Iterator[Path]:
+        """Yield the path of a copy; errors of the body name the file itself, and TMPDIR where it is full."""
         try:
             yield path
         except ArtifactError as error:
             raise ArtifactError(str(error).replace(str(path), self.url)) from error
+        except OSError as error:
+            action = "free some space there or set TMPDIR to a larger disk; each process that reads weights has a copy"
+            raise_full(error, doing=f"read weights {self.url} to {path}", action=action)
+            raise
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], *, header: ModelHeader) -> None:
@@ -154,17 +161,17 @@ def read_header(path: Path) -> ModelHeader:
             "wrote, or LlamaGen's own .pt"
         )
     try:
-        header = ModelHeader.model_validate_json(text)
-    except ValidationError as error:
+        values = json.loads(text)
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != HEADER_VERSION:
+            raise ValueError(f"version {version!r}")
+        return ModelHeader.model_validate(values)
+    except ValueError as error:  # pydantic's included
+        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"read weights {path}: metadata {HEADER_KEY!r} must be a version {HEADER_VERSION} header, "
-            f"got {error.error_count()} errors, the first: {error.errors()[0]['msg']}; write the file anew"
+            f"read weights {path}: metadata {HEADER_KEY!r} must be a version {HEADER_VERSION} header, got {reason}; "
+            "install the tensorar that wrote the file, or write it anew"
         ) from error
-    if header.version != HEADER_VERSION:
-        raise ArtifactError(
-            f"read weights {path}: version must be {HEADER_VERSION}, got {header.version}; install a newer tensorar"
-        )
-    return header
 
 
 def read_weights(path: Path) -> tuple[ModelHeader, dict[str, Tensor]]:

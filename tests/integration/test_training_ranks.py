@@ -83,17 +83,21 @@ def test_a_line_says_how_fast_the_steps_were_and_what_they_took(finished: Path) 
     assert stalls == [5, 9]  # saved after 4 and 8
 
 
-def test_samples_that_were_replaced_are_counted_over_all_ranks(tmp_path: Path) -> None:
-    """An epoch of 16 samples is two steps, so that each line speaks of one epoch and its two damaged samples."""
+def test_samples_that_were_replaced_are_counted_over_all_ranks_and_resumptions(tmp_path: Path) -> None:
+    """An epoch of 16 samples, two of them damaged, is two steps: each line but the first speaks of one epoch more."""
     shards = write_shard_set(tmp_path / "set", samples_per_shard=(16,))
     damage_samples(shards, "000000003", "000000005")
     settings: dict[str, Any] = {"num_steps": 6, "log_every_n_steps": 2, "engine__global_batch_size": 8}
-    settings |= {"data__on_damage": "replace", "cluster__launcher": "torchrun"}
-    code, output = run(train_config(tmp_path / "run", shards=shards, **settings))
-    assert code == 0, output
-    counts = {line["step"]: line["num_replaced_samples"] for line in read_metrics(tmp_path / "run")}
-    assert counts.pop(1) + counts.pop(2) == 2
-    assert counts == {4: 2, 6: 2}
+    settings |= {"data__on_damage": "replace", "cluster__launcher": "torchrun", "checkpoint__every_n_steps": 3}
+    config = train_config(tmp_path / "run", shards=shards, **settings)
+    for is_resumed in (False, True):
+        if is_resumed:  # after step 3, between two lines
+            shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")
+        code, output = run(config)
+        assert code == 0, output
+        counts = {line["step"]: line["num_replaced_samples"] for line in read_metrics(tmp_path / "run")}
+        assert counts.pop(1) <= 2
+        assert counts == {2: 2, 4: 4, 6: 6}
 
 
 def test_weights_are_whole_and_finer_than_bfloat16(finished: Path) -> None:

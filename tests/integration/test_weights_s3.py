@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_server import S3Server
+from small_disk import mounted_disk
 from synthetic_runs import FINGERPRINT, model_of, write_run
 from synthetic_shards import train_config, write_shard_set
 
 from jobs.export import export_directory
 from jobs.inputs import check_inputs
 from pipeline.config import S3Config
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import ArtifactError, StorageFullError, open_storage
 from training.tensorar import TensorAR, build_model
 from training.weights import digest_of, find_weights, load_model, warm_start
 
@@ -61,6 +63,34 @@ def test_a_launch_reads_the_header_of_a_warm_start_on_s3_and_names_what_differs(
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"ops": "reference"})})
     with pytest.raises(ArtifactError, match=rf"warm start from {url}: .* dim \(there 16, in the spec 32\)"):
         check_inputs(config, is_new=True)
+
+
+def test_a_disk_too_small_for_a_copy_is_named_with_the_weights(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = exported(tmp_path, f"{s3_url}/model.safetensors", model=model_of())
+    with mounted_disk(tmp_path / "disk", kib=16) as disk:
+        monkeypatch.setattr("tempfile.tempdir", str(disk))
+        with pytest.raises(
+            StorageFullError, match=rf"read weights {url} to {disk}/.*: no space .*; .* set TMPDIR to a"
+        ):
+            load_model(url)
+        assert list(disk.iterdir()) == []
+
+
+def test_a_run_at_the_root_of_a_bucket_is_found(s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
+    model = model_of()
+    write_run(tmp_path / "run", model)
+    bucket = f"s3://{s3_server.bucket}"
+    run, root = open_storage(str(tmp_path / "run")), open_storage(bucket)
+    try:
+        for name in run.list():
+            root.write_bytes(name, run.read_bytes(name))
+        for url in (bucket, f"{bucket}/"):
+            assert same(load_model(url)[0], model)
+    finally:  # the bucket is that of all tests
+        for name in run.list():
+            root.remove(name)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no such thing</html>", b"\x10\0\0\0\0\0\0\0{}"])

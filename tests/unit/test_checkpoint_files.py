@@ -43,7 +43,8 @@ def test_committed_checkpoint_is_whole_and_newest_last(storage: Storage) -> None
     newest = newest_whole_checkpoint(storage)
     assert newest is not None
     assert verify_checkpoint(storage, 100) == []
-    assert newest.state.model_dump() == {"step": 100, "samples_consumed": 1600, "num_skipped_steps": 1}
+    state = {"step": 100, "samples_consumed": 1600, "num_skipped_steps": 1, "num_replaced_samples": 0}
+    assert newest.state.model_dump() == state
     names = sorted(path.name for path in path_of(storage, 100).iterdir())
     assert names == ["rank_00000.safetensors", "rank_00001.safetensors", "record.json"]
 
@@ -93,11 +94,11 @@ def test_the_newest_record_that_can_be_read_is_found(storage: Storage) -> None:
         newest_record(storage)
 
 
-def test_a_record_without_its_training_sets_is_read_as_before(storage: Storage) -> None:
+def test_a_record_without_the_fields_added_since_is_read_as_before(storage: Storage) -> None:
     write_checkpoint(storage, 4)
     values = json.loads(storage.read_bytes("checkpoints/step_00000004/record.json"))
     before = values["record_sha256"]
-    assert values.pop("training_sets") == []
+    assert (values.pop("training_sets"), values.pop("num_replaced_samples")) == ([], 0)
     storage.write_json("checkpoints/step_00000004/record.json", values)
     assert read_record(storage, 4).record_sha256 == before
 

@@ -308,7 +308,12 @@ def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     header = read_header(_save(model_of(), tmp_path / "model.safetensors"))
-    later = header.model_copy(update={"version": 2}).model_dump_json()
-    save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", metadata={"tensorar": later})
-    with pytest.raises(ArtifactError, match="version must be 1, got 2"):
+    values = header.model_dump(mode="json")
+    later, stranger = values | {"version": 2, "new": 1}, values | {"new": 1}
+    for name, header_values in (("later", later), ("stranger", stranger)):
+        metadata = {"tensorar": json.dumps(header_values)}
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata=metadata)
+    with pytest.raises(ArtifactError, match="version 1 header, got version 2; install the tensorar that wrote"):
         read_header(tmp_path / "later.safetensors")
+    with pytest.raises(ArtifactError, match=r"version 1 header, got .* new Extra .*; install the tensorar that wrote"):
+        read_header(tmp_path / "stranger.safetensors")

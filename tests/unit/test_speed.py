@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 def test_rates_are_means_over_the_steps_of_a_line(tmp_path: Path) -> None:
     config = train_config(tmp_path, shards=tmp_path, model__window_size=1, noise={}, engine__peak_tflops=0.002)
     speed = Speed(config, ranks=Ranks(rank=0, world_size=2, device=CPU))
-    rates = speed.rates(
-        [StepCosts(step_s=step_s, data_wait_s=wait_s, num_replaced=0) for step_s, wait_s in [(0.3, 0.0), (0.1, 0.02)]]
-    )
+    rates = speed.rates([StepCosts(step_s=step_s, data_wait_s=wait_s) for step_s, wait_s in [(0.3, 0.0), (0.1, 0.02)]])
     # 2 blocks of D 32 and 256 hidden, 16 positions, 16 codes: multiply-adds of a sample's forward.
     flops_of_sample = 6 * (2 * 16 * (4 * 32 * 32 + 3 * 32 * 256 + 2 * 16 * 32) + 16 * 32 * 16)
     assert rates == {
