@@ -2,9 +2,9 @@
 
 The invariant: a unit is in one place, waiting, in hand, done or poison, and only a worker that runs holds one; so a
 cluster that is too small slows a job and cannot hang it. A dead worker is replaced and its units tried again, up to
-`max_attempts` each; a lost node is nobody's fault and costs no attempt. Damaged input is not tried again; while the
-storage fails one unit after the other the pool waits longer and longer, and in the end stops with nothing set aside.
-This process holds O(units) and looks at each worker about twice a second.
+`max_attempts` each; a lost node, or one without room for files on their way to S3, costs no attempt. Damaged input is
+not tried again; while the storage fails one unit after the other the pool waits longer and longer, and in the end stops
+with nothing set aside. This process holds O(units) and looks at each worker about twice a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.config import TokenizeConfig
 from pipeline.sources.plan import KeyFormat, WorkUnit
-from pipeline.storage import ArtifactError, StorageFullError, StorageUnavailableError
+from pipeline.storage import ArtifactError, StagingFullError, StorageFullError, StorageUnavailableError
 from pipeline.worker import Finished, UnitTokenizer
 
 POLL_INTERVAL_S = 0.5
@@ -71,7 +71,7 @@ class PoolState:
     num_read_in_flight: int
     """Samples read of them, as far as the workers said so."""
     num_workers: int
-    """Workers that have started."""
+    """Workers that have started and may get units."""
 
 
 class WorkerPool:
@@ -98,6 +98,7 @@ class WorkerPool:
         self._running: dict[Any, tuple[Any, WorkUnit]] = {}
         self._polls: dict[Any, Any] = {}
         self._num_read_of: dict[Any, int] = {}
+        self._without_room: dict[Any, StagingFullError] = {}  # workers that get no more units, and why
         self._problems: defaultdict[int, list[str]] = defaultdict(list)
         self._deaths_with: Counter[int] = Counter()
         self._losses_with: Counter[int] = Counter()
@@ -155,7 +156,7 @@ class WorkerPool:
             return
         for num_held in range(UNITS_PER_WORKER):
             for worker, held in self._units_of.items():
-                if len(held) != num_held or not self._waiting:
+                if len(held) != num_held or worker in self._without_room or not self._waiting:
                     continue
                 is_suspect = self._waiting[0].unit_index in self._deaths_with
                 if num_held and (
@@ -182,6 +183,11 @@ class WorkerPool:
             result = ray.get(reference)
         except RayTaskError as error:
             cause = getattr(error, "cause", error)
+            if isinstance(cause, StagingFullError):
+                logger.warning("unit %d (%s) goes to another worker: %s", unit.unit_index, unit.name, cause)
+                self._without_room[worker] = cause
+                self._waiting.append(unit)
+                return
             if isinstance(cause, StorageFullError):
                 raise cause from error  # every other unit would be encoded in vain
             if isinstance(cause, StorageUnavailableError):
@@ -274,7 +280,9 @@ class WorkerPool:
 
     def _check_workers_left(self) -> None:
         """Raise ArtifactError where every worker is gone and none will be started any more."""
-        if self._waiting and not (self._units_of or self._starting or self._running):
+        if self._waiting and not (self._units_of.keys() - self._without_room or self._starting or self._running):
+            for error in self._without_room.values():
+                raise error
             problem = self._last_problem or "no worker is left"
             raise ArtifactError(
                 f"tokenize {self._config.run_dir}: workers must stay alive, got {self._deaths_in_a_row} deaths in a "
@@ -285,7 +293,7 @@ class WorkerPool:
         return PoolState(
             units_in_flight=tuple(unit.name for _, unit in self._running.values()),
             num_read_in_flight=self._poll(),
-            num_workers=len(self._units_of),
+            num_workers=len(self._units_of.keys() - self._without_room),
         )
 
     def _poll(self) -> int:

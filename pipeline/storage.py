@@ -42,14 +42,18 @@ class StorageFullError(ArtifactError):
     """There is no room for another file; nothing else that a job could try will help."""
 
 
+class StagingFullError(StorageFullError):
+    """There is no room on this machine for a file on its way to S3; another machine may have some."""
+
+
 class StorageUnavailableError(ArtifactError):
     """The storage does not answer, or lets nobody in; what is asked for may be whole, and trying later may help."""
 
 
-def raise_full(error: OSError, *, doing: str, action: str) -> None:
-    """Raise StorageFullError if an error says that there is no room; else return."""
+def raise_full(error: OSError, *, doing: str, action: str, kind: type[StorageFullError] = StorageFullError) -> None:
+    """Raise StorageFullError, or a kind of it, if an error says that there is no room; else return."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise StorageFullError(f"{doing}: {(error.strerror or 'disk full').lower()}; {action}") from error
+        raise kind(f"{doing}: {(error.strerror or 'disk full').lower()}; {action}") from error
 
 
 def next_action(error: BaseException, *, otherwise: str) -> str:

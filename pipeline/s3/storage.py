@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from pipeline.s3.reader import open_reader
 from pipeline.s3.requests import Answer, S3Requests
 from pipeline.s3.staging import remove_dead_directories, staging_directory
 from pipeline.s3.upload import abort_uploads, find_uploads, put, upload
-from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, Storage, raise_full
+from pipeline.storage import S3_SCHEME, ArtifactError, Buffer, FileInfo, StagingFullError, Storage, raise_full
 
 BUCKET = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,254}")
 
@@ -88,8 +89,9 @@ class S3Storage(Storage):
                 yield staged_path
                 self.requests.wait(upload(self.requests, self.base + name, staged_path))
         except OSError as error:
-            place = f"stage {self.url_of(name)} in {tempfile.gettempdir()}"
-            raise_full(error, doing=place, action="free some space there or set TMPDIR, and run the same command again")
+            place = f"stage {self.url_of(name)} in {tempfile.gettempdir()} on {socket.gethostname()}"
+            action = "free some space there or set TMPDIR, and run the same command again"
+            raise_full(error, doing=place, action=action, kind=StagingFullError)
             raise
 
     def remove(self, name: str) -> None:

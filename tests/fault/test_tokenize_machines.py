@@ -1,6 +1,7 @@
 """What a machine does to a tokenize job: a node of a cluster is lost, a disk is full."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,26 @@ def test_a_lost_node_costs_its_units_in_flight_and_no_attempt(corpus: Path, tmp_
     finish(driver, tmp_path)
     assert "its node was lost" in (tmp_path / "log.txt").read_text()
     assert files_of(run_dir) == files_of(corpus / "whole")
+    assert verify_shard_set(storage) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_machine_without_room_to_stage_leaves_the_units_to_others(
+    corpus: Path, tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mounted_disk(tmp_path / "disk", kib=16) as disk, running_cluster(head_cpus=1, second_node_cpus=0) as cluster:
+        monkeypatch.setenv("TMPDIR", str(disk))
+        cluster.add_node(num_cpus=1)
+        monkeypatch.delenv("TMPDIR")
+        options = {"max_attempts": 1, "cluster": {"address": cluster.address, "num_workers": 2}}
+        finish(start(ten_crop_job(corpus, s3_url, **options), tmp_path), tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert 1 <= log.count(f" in {disk} on {socket.gethostname()}: no space left on device") <= 2
+    assert "is set aside" not in log
+    storage = open_storage(s3_url)
+    shards = {name: data for name, data in files_of(corpus / "whole").items() if name.startswith("shards/")}
+    assert {name: storage.read_bytes(name) for name in storage.list("shards/")} == shards
     assert verify_shard_set(storage) == []
 
 

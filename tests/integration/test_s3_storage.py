@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -254,7 +255,8 @@ def test_a_tmpdir_without_room_for_a_directory_is_full(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tempfile, "mkdtemp", fail)
-    place = f"stage {storage.url}/a in {tmp_path}: {os.strerror(number).lower()}; free some space there or set TMPDIR"
+    where = f"{tmp_path} on {socket.gethostname()}"
+    place = f"stage {storage.url}/a in {where}: {os.strerror(number).lower()}; free some space there or set TMPDIR"
     with pytest.raises(StorageFullError, match=place), storage.stage("a"):
         raise AssertionError("staged nowhere")
 
