@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
     """Check the native ops, and shards, held-out shards and the warm start against each other and the model.
 
+    What is of a machine, ops and room for cached shards, is checked where ranks run on this one; in a cluster that was
+    joined they do it for themselves, as its head may have neither GPU nor disk.
+
     Args:
         config: of the run.
         is_new: whether the run has no checkpoint yet; only then its warm start is read.
@@ -35,9 +38,10 @@ def check_inputs(config: TrainConfig, *, is_new: bool) -> None:
         ArtifactError: something is missing, damaged, or was not made for this run; the message says what to do.
         NativeOpError: the run is to use the native ops, and there are none.
     """
-    if config.engine.ops == "native":
+    is_here = config.cluster.address == "local"
+    if is_here and config.engine.ops == "native":
         check_ops(with_cuda=config.cluster.gpus_per_worker > 0)
-    shard_sets, _ = open_shards(config)
+    shard_sets, _ = open_shards(config, is_here=is_here)
     if is_new and config.warm_start is not None:
         header = _header_of(config, config.warm_start)
         if header is not None:  # else LlamaGen's own file, whose shapes are known once its tensors are read

@@ -250,7 +250,12 @@ def open_cache(config: LoaderConfig, *, urls: Sequence[str]) -> ShardCache | Non
 
 
 def check_room(
-    shard_sets: Sequence[ShardSet], *, cache: ShardCache | None, config: LoaderConfig, global_batch_size: int
+    shard_sets: Sequence[ShardSet],
+    *,
+    cache: ShardCache,
+    config: LoaderConfig,
+    global_batch_size: int,
+    is_here: bool = True,
 ) -> None:
     """See that the cache has room for all that these sets keep open, so that no rank waits for another's shards.
 
@@ -259,12 +264,11 @@ def check_room(
         cache: theirs.
         config: of their loader.
         global_batch_size: samples per step over all ranks.
+        is_here: whether this machine has the cache's disk.
 
     Raises:
         ArtifactError: it has not.
     """
-    if cache is None:
-        return
     # No rank begins a step before the others, but each reads ahead.
     samples_apart = (1 + config.read_ahead_batches) * global_batch_size
     needed = sum(shard_set.most_cached_bytes(samples_apart=samples_apart) for shard_set in shard_sets)
@@ -274,7 +278,7 @@ def check_room(
             f"largest shards that may be open together, got {cache.max_bytes / GB:.3g}; raise it or lower "
             f"data.shuffle_window_shards"
         )
-    if needed > (disk_bytes := cache.disk_bytes()):
+    if is_here and needed > (disk_bytes := cache.disk_bytes()):
         raise ArtifactError(
             f"open shard cache {cache.directory}: its disk must have room for {needed / GB:.3g} GB, the largest shards "
             f"that may be open together, got {disk_bytes / GB:.3g}; free some space, set data.cache_dir or lower "

@@ -14,8 +14,12 @@ from pipeline.storage import ArtifactError
 from training.config import TrainConfig
 
 
-def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | None]:
+def open_shards(config: TrainConfig, *, is_here: bool = True) -> tuple[tuple[ShardSet, ...], ShardSet | None]:
     """Return the training sets, in the order of the mixture, and the held-out set where there is one.
+
+    Args:
+        config: of the run.
+        is_here: whether this machine will read them; then its disk must have room for the cache.
 
     Raises:
         ArtifactError: a set is missing or empty, was not made for this model, or the cache has no room for them.
@@ -27,11 +31,13 @@ def open_shards(config: TrainConfig) -> tuple[tuple[ShardSet, ...], ShardSet | N
     shard_sets = open_parts(config.data, s3=config.s3, cache=cache)
     for shard_set in shard_sets:
         _check_fits_model(shard_set, config=config)
-    if config.validation is None:
-        check_room(shard_sets, cache=cache, config=config.data, global_batch_size=batch_size)
-        return shard_sets, None
-    held_out = ShardSet.open(config.validation.shards, fingerprint=shard_sets[0].fingerprint, s3=config.s3, cache=cache)
-    check_room([*shard_sets, held_out], cache=cache, config=config.data, global_batch_size=batch_size)
+    held_out = None
+    if config.validation is not None:
+        fingerprint = shard_sets[0].fingerprint
+        held_out = ShardSet.open(config.validation.shards, fingerprint=fingerprint, s3=config.s3, cache=cache)
+    if cache is not None:
+        read = [*shard_sets, *([] if held_out is None else [held_out])]
+        check_room(read, cache=cache, config=config.data, global_batch_size=batch_size, is_here=is_here)
     return shard_sets, held_out
 
 

@@ -13,6 +13,7 @@ from s3_faults import FaultPlan, fault_proxy
 from s3_server import S3Server
 from synthetic_shards import train_config, write_shard_set
 
+from jobs.inputs import check_inputs
 from pipeline import shard_cache
 from pipeline.config import LoaderConfig, S3Config
 from pipeline.loader import Batch, Loader, check_room, open_cache, open_parts
@@ -117,6 +118,12 @@ def test_a_disk_smaller_than_the_windows_is_refused_with_the_room_it_must_have(
         )
         with pytest.raises(ArtifactError, match=said):
             check_room(open_parts(config, s3=S3Config(), cache=cache), cache=cache, config=config, global_batch_size=4)
+        run = train_config(tmp_path / "run", shards=s3_url, data__cache_dir=str(disk), cluster__gpus_per_worker=1)
+        engine = run.engine.model_copy(update={"ops": "reference"})
+        with pytest.raises(ArtifactError, match="its disk must have room for"):
+            check_inputs(run.model_copy(update={"engine": engine}), is_new=True)
+        joined = run.cluster.model_copy(update={"address": "auto"})  # its other machines have their own disks and GPUs
+        check_inputs(run.model_copy(update={"cluster": joined}), is_new=True)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
