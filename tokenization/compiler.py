@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -38,9 +39,10 @@ def compile_library(
     cuda_command: Sequence[str] = (),
     linker: Sequence[str] = (),
 ) -> None:
-    """Compile sources below TMPDIR, where a build that is killed leaves its scratch, and put the library in its place.
+    """Compile sources below TMPDIR, where a compiler that is killed leaves its scratch, and put the library in place.
 
-    It takes its place in one rename: a process that has the old one open keeps it.
+    It is copied beside its place, as `.build-ops-*`, and takes it in one rename: a process that has the old one open
+    keeps it, and builds at the same time do not meet.
 
     Args:
         sources: .cpp files, each compiled once per instruction set, and .cu files.
@@ -68,7 +70,7 @@ def compile_library(
         linked = Path(scratch) / target.name
         objects = [command[-1] for command in commands]
         run_compiler([*(linker or find_compiler()), "-shared", *objects, "-o", str(linked), *libraries])
-        staged = target.with_name(f".build-ops-{os.getpid()}")
+        staged = target.with_name(f".build-ops-{secrets.token_hex(8)}")
         try:
             shutil.copy(linked, staged)
             staged.replace(target)

@@ -1,17 +1,20 @@
 """Fit a small VQ tokenizer to a folder of images: `kind: fit_tokenizer`.
 
 First a plain autoencoder, then a k-means codebook on its vectors, then both together; unused entries are restarted.
-Step n is a function of (config, state after step n - 1): batches, flips and restarts are drawn from (seed, step), so a
-killed fit that is run again ends in the same weights. A 64 px tokenizer takes about half an hour on two CPU cores.
+Step n is a function of (config, images, state after step n - 1): batches, flips and restarts are drawn from
+(seed, step), so a killed fit that is run again ends in the same weights. A 64 px tokenizer takes about half an hour on
+two CPU cores.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +63,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Path:
     train_NHWC = load_images(config.images, size_px=config.image_size_px)
     validation_NHWC = load_images(config.validation_images, size_px=config.image_size_px)
     fit = Fit(config, train_NHWC)
-    checkpoint = load_newest_checkpoint(run_dir / CHECKPOINTS, config=config)
+    directory, images_sha256 = run_dir / CHECKPOINTS, hashlib.sha256(train_NHWC.data).hexdigest()
+    checkpoint = load_newest_checkpoint(directory, config=config, images_sha256=images_sha256)
     if checkpoint is not None:
         fit.resume(*checkpoint)
     cut_metrics(run_dir, step=fit.step)
@@ -71,13 +75,20 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Path:
         if fit.step % LOG_EVERY_N_STEPS == 0:
             log.info("event=fit_step step=%d elapsed_s=%.1f %s", fit.step, time.monotonic() - begin_s, _listed(losses))
         if fit.step % config.checkpoint_every_n_steps == 0 or fit.step == config.num_steps:
-            evaluation = None
+            export = None
             if fit.has_codebook:
-                evaluation = _export(fit, run_dir, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
-            save_checkpoint(run_dir / CHECKPOINTS, step=fit.step, state=fit.state(), config=config)
-            _record(run_dir, fit=fit, losses=losses, evaluation=evaluation, elapsed_s=time.monotonic() - begin_s)
+                export = _export_of(fit, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
+            # The line first: a line without its checkpoint is cut off by the next run, but none would be written later.
+            held_out = None if export is None else export["held_out"]
+            line = _line_of(fit, losses, evaluation=held_out, elapsed_s=time.monotonic() - begin_s)
+            write_metrics(run_dir, line)
+            if export is not None:
+                write_fit(run_dir, **export)
+            save_checkpoint(directory, step=fit.step, state=fit.state(), config=config, images_sha256=images_sha256)
+            told = {name: value for name, value in line.items() if value is not None}
+            log.info("event=fit_checkpoint %s", _listed(told))
     if written_step(run_dir, config=config) != config.num_steps:
-        _export(fit, run_dir, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC)
+        write_fit(run_dir, **_export_of(fit, train_NHWC=train_NHWC, validation_NHWC=validation_NHWC))
     return run_dir / WEIGHTS_NAME
 
 
@@ -277,38 +288,31 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_native)
 
 
-def _export(fit: Fit, run_dir: Path, *, train_NHWC: np.ndarray, validation_NHWC: np.ndarray) -> Evaluation:
-    # What is measured is what is stored: the averaged weights after rounding to float16.
+def _export_of(fit: Fit, *, train_NHWC: np.ndarray, validation_NHWC: np.ndarray) -> dict[str, Any]:
+    """Return what `write_fit` is to write; measured is what is stored, the averaged weights rounded to float16."""
     config = fit.config
     state = stored_weights(fit.average.state_dict(), step=fit.step)
     stored = VQNetwork(config.network).to(fit.device)
     stored.load_state_dict(state)
-    evaluation = evaluate_reconstruction(stored, validation_NHWC)
     sample_NHWC = train_NHWC[:: max(1, len(train_NHWC) // KMEANS_IMAGES)]
-    write_fit(
-        run_dir,
-        state,
-        config=config,
-        step=fit.step,
-        held_out=evaluation,
-        num_held_out=len(validation_NHWC),
-        num_train_codes_used=evaluate_reconstruction(stored, sample_NHWC).num_codes_used,
-    )
-    return evaluation
+    return {
+        "state": state,
+        "config": config,
+        "step": fit.step,
+        "held_out": evaluate_reconstruction(stored, validation_NHWC),
+        "num_held_out": len(validation_NHWC),
+        "num_train_codes_used": evaluate_reconstruction(stored, sample_NHWC).num_codes_used,
+    }
 
 
-def _record(
-    run_dir: Path, *, fit: Fit, losses: dict[str, float], evaluation: Evaluation | None, elapsed_s: float
-) -> None:
-    line = {
+def _line_of(fit: Fit, losses: dict[str, float], *, evaluation: Evaluation | None, elapsed_s: float) -> dict[str, Any]:
+    return {
         "step": fit.step,
         **{f"{name}_loss": round(value, 5) for name, value in losses.items()},
         "held_out_psnr_db": None if evaluation is None else round(evaluation.psnr_db, 3),
         "held_out_codes_used": None if evaluation is None else evaluation.num_codes_used,
         "elapsed_s": round(elapsed_s, 1),
     }
-    write_metrics(run_dir, line)
-    log.info("event=fit_checkpoint %s", _listed({name: value for name, value in line.items() if value is not None}))
 
 
 def _listed(values: Mapping[str, float]) -> str:

@@ -37,9 +37,13 @@ class _Record(Config):
     """Of `state.safetensors`."""
     config: dict[str, Any]
     """Of the run."""
+    images_sha256: str | None = None
+    """Of the pixels trained on, in order; none in a record of before."""
 
 
-def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], config: FitTokenizerConfig) -> None:
+def save_checkpoint(
+    directory: Path, *, step: int, state: dict[str, Tensor], config: FitTokenizerConfig, images_sha256: str
+) -> None:
     """Commit the state after `step` steps and remove all but the newest two checkpoints.
 
     Args:
@@ -47,6 +51,7 @@ def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], con
         step: steps done.
         state: name to tensor, all of the run's state.
         config: what the run does; a resumption must agree.
+        images_sha256: of the pixels that it trains on; a resumption must agree.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(".staged-*"):
@@ -60,6 +65,7 @@ def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], con
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         config=config.model_dump(mode="json", exclude=FREE_FIELDS),
+        images_sha256=images_sha256,
     )
     _write_synced(staged / "state.safetensors", data)
     _write_synced(staged / "record.json", record.model_dump_json(indent=2).encode())
@@ -71,16 +77,19 @@ def save_checkpoint(directory: Path, *, step: int, state: dict[str, Tensor], con
         shutil.rmtree(old)
 
 
-def load_newest_checkpoint(directory: Path, *, config: FitTokenizerConfig) -> tuple[int, dict[str, Tensor]] | None:
+def load_newest_checkpoint(
+    directory: Path, *, config: FitTokenizerConfig, images_sha256: str
+) -> tuple[int, dict[str, Tensor]] | None:
     """Return the step and state of the newest whole checkpoint, None where there is none at all.
 
     Args:
         directory: `checkpoints/` of the run.
         config: what the run does now.
+        images_sha256: of the pixels that it trains on now.
 
     Raises:
-        ValueError: the checkpoint was made under another config, or all are damaged: starting anew must be somebody's
-            decision.
+        ValueError: the checkpoint was made under another config or on other images, or all are damaged: starting anew
+            must be somebody's decision.
     """
     paths = sorted(directory.glob("step_*"), reverse=True)
     for path in paths:
@@ -90,6 +99,13 @@ def load_newest_checkpoint(directory: Path, *, config: FitTokenizerConfig) -> tu
             continue
         record, data = whole
         check_same_config(path, recorded=record.config, config=config)
+        if record.images_sha256 is None:
+            log.warning("event=images_unknown path=%s next=going on with the images there are", path)
+        elif record.images_sha256 != images_sha256:
+            raise ValueError(
+                f"resume {path}: the run must go on with the images that it began with, got others in {config.images}; "
+                "put the images back or choose another run_dir"
+            )
         return record.step, load(data)
     if paths:
         raise ValueError(

@@ -45,8 +45,8 @@ def stored_weights(state: dict[str, Tensor], *, step: int) -> dict[str, Tensor]:
 
 def write_fit(
     run_dir: Path,
-    state: dict[str, Tensor],
     *,
+    state: dict[str, Tensor],
     config: FitTokenizerConfig,
     step: int,
     held_out: Evaluation,
@@ -56,7 +56,7 @@ def write_fit(
     """Commit the weights of a fit.
 
     Args:
-        run_dir: of the fit; made where it is missing.
+        run_dir: of the fit.
         state: `stored_weights`.
         config: of the fit.
         step: steps done.
@@ -80,7 +80,6 @@ def write_fit(
         "held_out_codes_used": held_out.num_codes_used,
         "train_codes_used": num_train_codes_used,
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_weights(run_dir / WEIGHTS_NAME, network=config.network, state=state, metadata=metadata)
 
 
@@ -117,7 +116,8 @@ def cut_metrics(run_dir: Path, *, step: int) -> None:
 
 
 def write_metrics(run_dir: Path, line: dict[str, Any]) -> None:
-    """Append a line to the metrics."""
+    """Append a line to the metrics; their directory is made where it is missing."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / METRICS_NAME).open("a") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -18,10 +18,10 @@ from pipeline.local_storage import local_path, sha256_of_file
 from pipeline.storage import S3_SCHEME, ArtifactError, open_storage, split_url
 from tokenization.fingerprint import Fingerprint
 from training.config import ModelConfig
-from training.llamagen import BASE, some
+from training.llamagen import BASE, load_base_weights, some
 from training.run_weights import RunCheckpoint, find_run_checkpoint
 from training.tensorar import TensorAR
-from training.weights_file import ModelHeader, WeightsFile, read_base_weights, read_weights, write_weights
+from training.weights_file import ModelHeader, WeightsFile, read_weights, write_weights
 
 CONSOLIDATED = "consolidated.pth"
 """The weights in the folder that LlamaGen's FSDP training writes."""
@@ -178,7 +178,7 @@ def _read_file(file: WeightsFile) -> dict[str, Tensor]:
     with file.on_disk() as local:
         if file.is_ours:
             return read_weights(local)[1]
-        return {BASE + key: value for key, value in read_base_weights(local).items()}
+        return {BASE + key: value for key, value in load_base_weights(local).items()}
 
 
 def _refuse_ema(file: WeightsFile, *, use_ema: bool) -> None:

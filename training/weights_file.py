@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 from tokenization.weights_file import hash_weights
 from training.config import ModelConfig
-from training.llamagen import load_base_weights
 
 HEADER_KEY = "tensorar"
 HEADER_VERSION = 1
@@ -192,25 +190,3 @@ def read_weights(path: Path) -> tuple[ModelHeader, dict[str, Tensor]]:
             "damaged, copy or export it again"
         )
     return header, state
-
-
-def read_base_weights(path: Path) -> dict[str, Tensor]:
-    """Return what `load_base_weights` does, of a file whose checksums hold where it is a zip, as torch writes now.
-
-    Torch leaves them unread; reading them took 0.3 s for 400 MB, half of what loading took.
-
-    Raises:
-        ArtifactError: the file is damaged, cannot be read safely, or holds no weights.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            has_checksums = any(member.CRC for member in archive.infolist())  # torch can be told to write zeros
-            damaged = archive.testzip() if has_checksums else None
-    except (zipfile.BadZipFile, OSError):
-        damaged = None  # written by an old torch, or no checkpoint at all
-    if damaged is not None:
-        raise ArtifactError(
-            f"load weights {path}: each member must match its checksum, got a damaged {damaged}; copy or download the "
-            "file again"
-        )
-    return load_base_weights(path)

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from jobs.run import remember_spec
 from jobs.verify import verify_directory
 from pipeline.config import S3Config
 from pipeline.storage import ArtifactError
+from tokenization import fit as fit_module
 from tokenization.codebook import spherical_kmeans
 from tokenization.config import FitTokenizerConfig, TokenizerConfig, VQConfig
 from tokenization.fit import Fit, batch_positions, fit_tokenizer, learning_rate_at
-from tokenization.fit_checkpoint import load_newest_checkpoint
+from tokenization.fit_checkpoint import load_newest_checkpoint, save_checkpoint
 from tokenization.fit_images import load_images
 from tokenization.fit_output import stored_weights
 from tokenization.reconstruction import reconstruction_loss
@@ -128,7 +130,9 @@ def test_a_fit_whose_checkpoints_are_all_damaged_is_not_begun_anew(root: Path) -
 def test_a_checkpoint_whose_record_is_damaged_is_passed_over(root: Path, tmp_path: Path, record: bytes) -> None:
     shutil.copytree(root / "whole" / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step_00000075" / "record.json").write_bytes(record)
-    found = load_newest_checkpoint(tmp_path / "checkpoints", config=config_in(root, "whole"))
+    whole = json.loads((tmp_path / "checkpoints" / "step_00000050" / "record.json").read_text())
+    config, images_sha256 = config_in(root, "whole"), whole["images_sha256"]
+    found = load_newest_checkpoint(tmp_path / "checkpoints", config=config, images_sha256=images_sha256)
     assert found is not None
     assert found[0] == 50
 
@@ -142,6 +146,50 @@ def test_metrics_read_after_a_resumption_as_if_there_had_been_none(root: Path) -
     fit_tokenizer(config_in(root, "cut"))
     lines = (root / "cut" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [25, 50, 75]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("step", [50, 75])
+def test_a_kill_beside_a_checkpoint_costs_no_line_of_the_metrics(
+    root: Path, monkeypatch: pytest.MonkeyPatch, step: int, is_saved: bool
+) -> None:
+    run = f"killed-{step}-{is_saved}"
+
+    def killed_at(*arguments: Any, **fields: Any) -> None:
+        if fields["step"] != step or is_saved:
+            save_checkpoint(*arguments, **fields)
+        if fields["step"] == step:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "save_checkpoint", killed_at)
+        with pytest.raises(KilledError):
+            fit_tokenizer(config_in(root, run))
+    weights = fit_tokenizer(config_in(root, run))
+    assert weights.read_bytes() == (root / "whole" / "tokenizer.safetensors").read_bytes()
+    lines = (root / run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [25, 50, 75]
+
+
+def test_a_fit_goes_on_with_the_images_that_it_began_with_alone(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(root / "whole" / "checkpoints", root / "more" / "checkpoints")
+    another = root / "train" / "class0" / "another.png"
+    shutil.copy(root / "train" / "class0" / "00.png", another)
+    try:
+        with pytest.raises(ValueError, match=r"step_00000075: .* that it began with, got others in .*/train; put"):
+            fit_tokenizer(config_in(root, "more"))
+        record = root / "more" / "checkpoints" / "step_00000075" / "record.json"
+        values = json.loads(record.read_text())
+        del values["images_sha256"]  # as an older version wrote it
+        record.write_text(json.dumps(values))
+        fit_tokenizer(config_in(root, "more"))
+        assert "event=images_unknown" in caplog.text
+    finally:
+        another.unlink()
 
 
 def test_finished_weights_are_not_replaced_by_a_fit_with_another_config(root: Path) -> None:

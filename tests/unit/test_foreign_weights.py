@@ -66,6 +66,19 @@ def test_wrappers_leave_no_trace_in_the_names(tmp_path: Path, layout: str | None
     assert equal(load_base_weights(tmp_path / "weights.pt"), tiny_state())
 
 
+def test_a_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(tiny_state(), path)
+    data = bytearray(path.read_bytes())
+    at = data.index(tiny_state()["quantize.embedding.weight"].numpy().tobytes()[:64])
+    data[at + 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"load weights {path}: each member must match its checksum, got a damaged"):
+        read_weights(path, network=TINY)
+    with pytest.raises(ArtifactError, match=f"load weights {path}: each member must match its checksum"):
+        load_base_weights(path)
+
+
 def test_a_foreign_safetensors_file_is_read_like_a_pickled_one(tmp_path: Path) -> None:
     save_file({f"module.{name}": value for name, value in tiny_state().items()}, tmp_path / "bare.safetensors")
     assert equal(read_weights(tmp_path / "bare.safetensors", network=TINY).state, bare_state())
