@@ -44,6 +44,13 @@ class _LocalPath(click.Path):
             self.fail(str(error), param, ctx)
 
 
+def _endpoint(_: click.Context, __: click.Parameter, url: str | None) -> str | None:
+    try:
+        return None if url is None else checked_endpoint(url)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 LOCAL_DIRECTORY = _LocalPath(path_type=Path)
 RUN_ROOT = click.option(
     "--dir", "run_root", default="runs/demo", show_default=True, type=LOCAL_DIRECTORY, help="Runs and report."
@@ -51,7 +58,7 @@ RUN_ROOT = click.option(
 DIRECTORY = click.argument("directory", metavar="DIR")
 ENDPOINT_URL = click.option(
     "--endpoint-url",
-    callback=lambda _, __, url: None if url is None else checked_endpoint(url),
+    callback=_endpoint,
     help="S3-compatible server, where DIR is an s3:// URL.",
 )
 OVERRIDES = click.option(

@@ -365,7 +365,9 @@ def test_status_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "preview", "export"])
-def test_an_endpoint_without_its_scheme_is_an_error_in_one_line(command: str) -> None:
+def test_an_endpoint_without_its_scheme_is_a_wrong_command(command: str) -> None:
     done = CliRunner().invoke(main, [command, "s3://bucket/x", "--endpoint-url", "user:hidden@127.0.0.1:9000"])
     rule = "an endpoint must begin with http:// or https://, got '127.0.0.1:9000'; write it before the host"
-    assert (done.exit_code, done.output) == (1, f"error: {rule}\n")
+    told = f"Error: Invalid value for '--endpoint-url': {rule}"
+    assert (done.exit_code, done.output.splitlines()[-1]) == (2, told)
+    assert "hidden" not in done.output
