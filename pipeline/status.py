@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from pipeline.gathered import Ledger
-from pipeline.ledger import MANIFEST_NAME, LedgerRecord, PoisonRecord, read_poison, stem_of
+from pipeline.ledger import MANIFEST_NAME, LedgerRecord, NewerVersionError, PoisonRecord, read_poison, stem_of
 from pipeline.pool import PoolState
 from pipeline.rejects import Counts
 from pipeline.resume import PLAN_NAME
@@ -128,7 +128,8 @@ def read_status(storage: Storage) -> JobStatus:
     """Return how far a tokenize job is; changes nothing and may be called while it runs.
 
     Raises:
-        ArtifactError: the directory was not begun by a tokenize job, or a record is damaged.
+        ArtifactError: the directory was not begun by a tokenize job, or a poison record is damaged.
+        NewerVersionError: a newer tensorar wrote a record.
     """
     try:
         num_units = int(json.loads(storage.read_bytes(PLAN_NAME))["num_units"])
@@ -138,6 +139,8 @@ def read_status(storage: Storage) -> JobStatus:
         ) from error
     tally = Tally()
     for _, record in Ledger(storage).records():
+        if isinstance(record, NewerVersionError):
+            raise record
         if isinstance(record, LedgerRecord):
             tally.add(record)
     return JobStatus(

@@ -7,7 +7,7 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from pipeline.gathered import Ledger
 from pipeline.ledger import (
     LedgerRecord,
     Manifest,
+    NewerVersionError,
     files_problem,
     index_name,
     poison_name,
@@ -38,24 +39,33 @@ _REDO = "remove it and rerun the tokenize job to rewrite it"
 
 
 def verify_shard_set(storage: Storage) -> list[str]:
-    """Return all that is wrong with a shard set, one line each; nothing if it is whole."""
+    """Return all that is wrong with a shard set, one line each; nothing if it is whole.
+
+    Of a set that a newer version wrote, only that is told: what its files must be is not known here.
+    """
     problems = [f"{storage}: staged leftover {name}; rerun the tokenize job" for name in storage.find_staged()]
     manifest: Manifest | None = None
     try:
         manifest = read_manifest(storage)
+    except NewerVersionError as error:
+        return [str(error)]
     except ArtifactError as error:
         problems.append(str(error))
     records: dict[str, LedgerRecord] = {}
+    damaged: set[str] = set()
     for stem, record in Ledger(storage).records():
+        if isinstance(record, NewerVersionError):
+            return [str(record)]
         if isinstance(record, ArtifactError):
             problems.append(str(record))
+            damaged.add(stem)
         else:
             records[stem] = record
     records = dict(sorted(records.items()))
     files = storage.list("shards/") | storage.list("rejects/")
     poison = {stem_of(name) for name in storage.list("poison/")}
-    problems.extend(_stray_files(storage, records, files=files))
-    problems.extend(_gaps(storage, records, poison=poison))
+    problems.extend(_stray_files(storage, records, files=[name for name in files if stem_of(name) not in damaged]))
+    problems.extend(_gaps(storage, records, poison=poison, damaged=damaged))
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         checks = threads.map(
             lambda stem: list(_unit_problems(storage, stem, records[stem], files=files, manifest=manifest)), records
@@ -67,9 +77,7 @@ def verify_shard_set(storage: Storage) -> list[str]:
     return problems
 
 
-def _stray_files(
-    storage: Storage, records: Mapping[str, LedgerRecord], *, files: Mapping[str, FileInfo]
-) -> Iterator[str]:
+def _stray_files(storage: Storage, records: Mapping[str, LedgerRecord], *, files: Iterable[str]) -> Iterator[str]:
     """Yield a line for each file that no record speaks of."""
     for name in files:
         record = records.get(stem_of(name))
@@ -84,14 +92,16 @@ def _stray_files(
             yield f"{storage.url_of(name)}: no ledger record speaks of it; rerun the tokenize job or remove it"
 
 
-def _gaps(storage: Storage, records: Mapping[str, LedgerRecord], *, poison: set[str]) -> Iterator[str]:
+def _gaps(
+    storage: Storage, records: Mapping[str, LedgerRecord], *, poison: set[str], damaged: set[str]
+) -> Iterator[str]:
     """Yield a line for the first number that neither a record nor poison has, or that a record has wrong."""
     for stem, record in records.items():
         if stem != f"{record.unit_index:0{len(stem)}d}":
             yield f"{storage.url_of(record_name(stem))}: unit_index must be {stem}, got {record.unit_index}; {_REDO}"
         if stem in poison:
             yield f"{storage.url_of(poison_name(stem))}: unit {stem} has a ledger record too; rerun the tokenize job"
-    numbers = sorted({int(stem) for stem in [*records, *poison] if stem.isdigit()})
+    numbers = sorted({int(stem) for stem in [*records, *poison, *damaged] if stem.isdigit()})
     for before, after in pairwise([-1, *numbers]):
         if after != before + 1:
             yield f"{storage.url_of('ledger')}: unit {before + 1} must come next, got {after}; rerun the tokenize job"

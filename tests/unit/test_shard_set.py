@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from pydantic import ValidationError
 from toy_corpus import sample_members, tokenize_config, tokenize_here, write_tar, write_tars, write_tiny_tokenizer
 
+from jobs.cli import main
 from pipeline.config import S3Config, TokenizeConfig
 from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, Manifest, read_manifest, read_record
@@ -124,6 +126,30 @@ def test_verify_finds(root: Path, damage: Callable[[Path], object], expected: st
     problems = verify_shard_set(open_storage(str(root / "set")))
     assert any(expected in problem for problem in problems), problems
     assert all("\n" not in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ledger/00000.json", "ledger/00001.json"])
+def test_a_newer_version_is_all_that_verify_tells(root: Path, name: str) -> None:
+    edit_json(root / "set" / name, lambda value: value.update(version=2))
+    flip_a_byte(root / "set" / "shards" / "00002.tar")
+    done = CliRunner().invoke(main, ["verify", str(root / "set")])
+    said = f"read {root}/set/{name}: version must be 1, got 2; update tensorar, a newer one wrote it"
+    assert (done.exit_code, done.stderr.splitlines()) == (1, [said, f"{root}/set: a shard set; 1 problems"])
+
+
+def test_status_of_a_set_of_a_newer_version_asks_for_an_update(root: Path) -> None:
+    edit_json(root / "set" / "ledger" / "00000.json", lambda record: record.update(version=2))
+    done = CliRunner().invoke(main, ["status", str(root / "set")])
+    said = f"read {root}/set/ledger/00000.json: version must be 1, got 2; update tensorar, a newer one wrote it"
+    assert (done.exit_code, done.output) == (1, f"error: {said}\n")
+
+
+@pytest.mark.parametrize("stem", ["00000", "00001"])
+def test_a_damaged_record_makes_no_strays_and_no_gap_of_its_unit(root: Path, stem: str) -> None:
+    (root / "set" / "ledger" / f"{stem}.json").write_text("{")
+    problems = verify_shard_set(open_storage(str(root / "set")))
+    assert problems[0].startswith(f"read {root}/set/ledger/{stem}.json: ")
+    assert not [line for line in problems if "no ledger record speaks of it" in line or "must come next" in line]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "ledger/00000.json"])
