@@ -55,11 +55,8 @@ def find_run(storage: Storage, *, kind: str, spec: dict[str, Any]) -> Found:
     try:
         return _FINDERS[kind](storage, spec)
     except DAMAGE as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
-        rule = f"its files must be those of a run of kind {kind}"
-        return Found(
-            problem=f"read the results of {storage}: {rule}, got {reason}; remove the directory to run it anew"
-        )
+        rule = f"read the results of {storage}: its files must be those of a run of kind {kind}"
+        return Found(problem=_problem_of(error, rule=rule, action="remove the directory to run it anew"))
 
 
 def read_lines(storage: Storage) -> list[dict[str, Any]]:
@@ -70,8 +67,29 @@ def read_lines(storage: Storage) -> list[dict[str, Any]]:
         return []
 
 
+def _problem_of(error: Exception, *, rule: str, action: str) -> str:
+    """What is wrong and what to do, in one line; an ArtifactError says both itself."""
+    if isinstance(error, ArtifactError):
+        return " ".join(str(error).split())
+    reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
+    return f"{rule}, got {reason}; {action}"
+
+
 def _find_train(storage: Storage, spec: dict[str, Any]) -> Found:
-    lines, steps = read_lines(storage), list_checkpoints(storage)
+    """What a training run's checkpoints say, which count whatever its metrics are, and what these say."""
+    steps, num_steps = list_checkpoints(storage), int(spec["num_steps"])
+    is_done = bool(steps) and steps[-1] >= num_steps
+    try:
+        measures = _train_measures(read_lines(storage))
+    except DAMAGE as error:
+        rule = f"read {storage.url_of(METRICS)}: its lines must be those of a training run"
+        problem = _problem_of(error, rule=rule, action="remove those that are not")
+        return Found(is_done=is_done, progress=f"step {steps[-1]} of {num_steps}" if steps else None, problem=problem)
+    progress = f"step {measures['steps']} of {num_steps}" if measures else None
+    return Found(is_done=is_done, progress=progress, measures=measures)
+
+
+def _train_measures(lines: list[dict[str, Any]]) -> dict[str, Any]:
     measures: dict[str, Any] = {}
     validation = [line for line in lines if line["split"] == "validation"]
     if validation:
@@ -85,12 +103,7 @@ def _find_train(storage: Storage, spec: dict[str, Any]) -> Found:
         measures = {"train_loss_0": lines[-1]["loss_of_offset"][0], "train_loss": lines[-1]["loss"]}
     if lines:
         measures |= {"steps": lines[-1]["step"], "seconds": lines[-1]["elapsed_s"]}
-    num_steps = int(spec["num_steps"])
-    return Found(
-        is_done=bool(steps) and steps[-1] >= num_steps,
-        progress=f"step {lines[-1]['step']} of {num_steps}" if lines else None,
-        measures=measures,
-    )
+    return measures
 
 
 def _find_sample(storage: Storage, _: dict[str, Any]) -> Found:

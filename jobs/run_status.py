@@ -22,21 +22,22 @@ def run_table(storage: Storage) -> Table:
     """What a run has come to, for `rich` to print; changes nothing.
 
     Raises:
-        ArtifactError: the directory holds no run, or its files are damaged.
+        ArtifactError: the directory holds no run.
     """
     spec = _read_spec(storage)
     found = find_run(storage, kind=spec["kind"], spec=spec)
-    if found.problem is not None:
-        raise ArtifactError(found.problem)
     table = Table(title=storage.url, show_header=False)
     table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column(justify="right", overflow="fold")
     table.add_row("kind", spec["kind"])
     table.add_row("state", _state(storage, found))
     if found.progress is not None:
         table.add_row("progress", found.progress)
     for name, value in found.measures.items():
         table.add_row(name, _told(value))
+    if found.problem is not None:
+        table.add_row("problem", found.problem)
+        return table
     speeds = [line["samples_per_s"] for line in read_lines(storage) if line.get("samples_per_s")]
     if speeds:
         table.add_row("samples per s", f"{speeds[-1]:,.1f}")
@@ -62,7 +63,9 @@ def _read_spec(storage: Storage) -> dict[str, Any]:
 def _state(storage: Storage, found: Found) -> str:
     if found.is_done:
         return "done"
-    return "running" if storage.is_held() else "not done; run the spec again to go on"
+    if storage.is_held():
+        return "running"
+    return f"not done; {'run the spec again to go on' if found.problem is None else 'the problem must be mended first'}"
 
 
 def _told(value: float | Measure | None) -> str:

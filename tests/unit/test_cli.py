@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from synthetic_checkpoints import prepare, record_of
+from synthetic_checkpoints import prepare, record_of, write_checkpoint
 from synthetic_shards import train_config, write_shard_set
 
 from jobs.cli import _command, _outcome, _told, main
@@ -347,6 +347,45 @@ def test_status_of_a_training_run_is_its_step_its_measures_and_its_speed(tmp_pat
             "samples per s": "160.0",
         },
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{torn", "line 1 must be JSON, got '{torn'; remove it"),
+        ("{}", "its lines must be those of a training run, got KeyError 'split'; remove those that are not"),
+    ],
+)
+def test_status_of_a_training_run_with_a_broken_line_tells_its_checkpoint_and_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    remember_spec(load_spec(shipped_spec("train_base"), [f"run_dir={tmp_path / 'run'}", "num_steps=20"]))
+    good = {"step": 20, "split": "train", "elapsed_s": 4.0, "loss": 2.5, "loss_of_offset": [2.25]}
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(f"{line}\n{json.dumps(good)}\n")
+    expected = {
+        "kind": "train",
+        "state": "not done; the problem must be mended first",
+        "problem": f"read {path}: {said}",
+    }
+    assert told_rows(call("status", str(tmp_path / "run"))) == expected
+    write_checkpoint(open_storage(str(tmp_path / "run")), 10)
+    result = call("status", str(tmp_path / "run"))
+    assert (result.exit_code, told_rows(result)) == (0, expected | {"progress": "step 10 of 20"})
+    write_checkpoint(open_storage(str(tmp_path / "run")), 20)
+    done = {"state": "done", "progress": "step 20 of 20"}
+    assert told_rows(call("status", str(tmp_path / "run"))) == expected | done
+
+
+def test_status_of_a_run_with_damaged_results_is_the_whole_problem(tmp_path: Path) -> None:
+    remember_spec(load_spec(shipped_spec("sample_base"), [f"run_dir={tmp_path / 'run'}"]))
+    (tmp_path / "run" / "samples.json").write_text("[3]")
+    lines = call("status", str(tmp_path / "run")).stdout.splitlines()
+    told = "".join(line.strip("\u2502 ").rpartition("\u2502")[2].strip() for line in lines[1:]).replace(" ", "")
+    assert "notdone;theproblemmustbemendedfirst" in told
+    assert f"readtheresultsof{tmp_path / 'run'}:itsfilesmustbe" in told
+    assert ";removethedirectorytorunitanew" in told
 
 
 def test_status_of_a_sample_run_says_that_it_is_done(tmp_path: Path) -> None:
