@@ -20,9 +20,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pipeline.shards import ShardInfo, ShardReader, action_of_open, index_of
 from pipeline.storage import ArtifactError, Storage
@@ -35,8 +35,12 @@ DISK_BLOCK_BYTES = 4096
 ROOM_WAIT_S = 120.0
 WAIT_INTERVAL_S = 0.1
 PIECE_BYTES = 1 << 20
+NUM_ATTEMPTS = 5
+"""Times in a row that the directory may be cleaned away at the wrong moment."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _ENTRY, _STAGED = ".shard", ".staged"
+
+_Result = TypeVar("_Result")
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +85,9 @@ class ShardCache:
             with self._entry(storage, name, info=info, num_bytes=num_bytes) as entry:
                 data = memoryview(mmap.mmap(entry, num_bytes, access=mmap.ACCESS_READ))
         except OSError as error:
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            action = "free some space or lower data.max_cache_gb" if is_full else action_of_open(error)
             raise ArtifactError(
-                f"read {storage.url_of(name)}: it must be readable and fit into {self.directory}, got {error}; {action}"
+                f"read {storage.url_of(name)}: it must be readable and fit into {self.directory}, got {error}; "
+                f"{_action_of(error)}"
             ) from error
         return ShardReader(data[: info.bytes], index=bytes(data[info.bytes :]), where=storage.url_of(name))
 
@@ -94,9 +97,7 @@ class ShardCache:
         path = self.directory / f"{info.sha256}{_ENTRY}"
         deadline = time.monotonic() + ROOM_WAIT_S
         while True:
-            with self._locked():
-                found = _open_whole(path, num_bytes=num_bytes)
-                staged = None if found is not None else self._claim(path.with_suffix(_STAGED), num_bytes=num_bytes)
+            found, staged = _again(lambda: self._find_or_claim(path, num_bytes=num_bytes))
             if found is not None:
                 break
             if staged is not None:
@@ -114,19 +115,27 @@ class ShardCache:
         finally:
             os.close(found)
 
+    def _find_or_claim(self, path: Path, *, num_bytes: int) -> tuple[int | None, int | None]:
+        """Return the descriptor of an entry, or else of a staged file to fill, or neither."""
+        with self._locked():
+            found = _open_whole(path, num_bytes=num_bytes)
+            return found, None if found is not None else self._claim(path.with_suffix(_STAGED), num_bytes=num_bytes)
+
     def _claim(self, staged: Path, *, num_bytes: int) -> int | None:
         """Return a locked staged file of the final size; None where another process has it, or there is no room."""
         descriptor = os.open(staged, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _try_lock(descriptor):
+        try:
+            if _try_lock(descriptor):
+                os.ftruncate(descriptor, 0)
+                if self._make_room(num_bytes, keep=staged):
+                    os.ftruncate(descriptor, num_bytes)
+                    return descriptor
+                staged.unlink()
+        except BaseException:
             os.close(descriptor)
-            return None
-        os.ftruncate(descriptor, 0)
-        if not self._make_room(num_bytes, keep=staged):
-            staged.unlink()
-            os.close(descriptor)
-            return None
-        os.ftruncate(descriptor, num_bytes)
-        return descriptor
+            raise
+        os.close(descriptor)
+        return None
 
     def _fill(self, staged: int, path: Path, *, storage: Storage, name: str, info: ShardInfo) -> int:
         """Download into a claimed file and commit it; its descriptor is returned under a shared lock.
@@ -139,12 +148,13 @@ class ShardCache:
             os.fsync(staged)
             with self._locked():
                 if _is_at(staged_path, staged):
-                    staged_path.rename(path)
+                    with contextlib.suppress(FileNotFoundError):
+                        staged_path.rename(path)
                 fcntl.flock(staged, fcntl.LOCK_SH)
         except BaseException:
             with self._locked():  # so that nobody claims the file between its removal and the end of its lock
                 if _is_at(staged_path, staged):
-                    staged_path.unlink()
+                    staged_path.unlink(missing_ok=True)
                 os.close(staged)
             raise
         logger.debug("downloaded shard=%s seconds=%.2f", storage.url_of(name), time.monotonic() - began)
@@ -175,8 +185,7 @@ class ShardCache:
         """
         path = self.directory / ".lock"
         while True:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = _again(lambda: self._open_lock(path))
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if _is_at(path, descriptor):
@@ -185,10 +194,32 @@ class ShardCache:
             finally:
                 os.close(descriptor)
 
+    def _open_lock(self, path: Path) -> int:
+        with contextlib.suppress(FileExistsError):  # it was there and is gone, or is a file, which the open tells
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
 
 def default_directory() -> Path:
     """Return where shards are kept unless the spec says: a directory of this user below TMPDIR."""
     return Path(tempfile.gettempdir()) / f"tensorar-shards-{os.getuid()}"
+
+
+def _again(attempt: Callable[[], _Result]) -> _Result:
+    """Return what an attempt does, made again where something cleaned the directory away under it."""
+    for _ in range(NUM_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return attempt()
+    return attempt()
+
+
+def _action_of(error: OSError) -> str:
+    """Return what to do about a file of the cache's own: no shard of the set is to be written again for it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space or lower data.max_cache_gb"
+    if isinstance(error, FileNotFoundError):
+        return "check data.cache_dir and run the same command again"
+    return action_of_open(error)
 
 
 def _open_whole(path: Path, *, num_bytes: int) -> int | None:
@@ -198,8 +229,8 @@ def _open_whole(path: Path, *, num_bytes: int) -> int | None:
     except FileNotFoundError:
         return None
     if os.fstat(descriptor).st_size != num_bytes:
-        path.unlink()
         os.close(descriptor)
+        path.unlink()
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     os.utime(descriptor)
@@ -260,15 +291,14 @@ def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) 
     """Write a tar and, behind it, its index: the tar's own, since only the tar has a checksum to be held against.
 
     Raises:
-        ArtifactError: size, sha256 or samples are not the manifest's.
+        ArtifactError: it cannot be read, or size, sha256 or samples are not the manifest's.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    with storage.open(name) as source:
-        while piece := source.read(PIECE_BYTES):
-            digest.update(piece)
-            if num_bytes + len(piece) <= info.bytes:
-                _write_all(descriptor, piece, at=num_bytes)
-            num_bytes += len(piece)
+    for piece in _pieces_of(storage, name):
+        digest.update(piece)
+        if num_bytes + len(piece) <= info.bytes:
+            _write_all(descriptor, piece, at=num_bytes)
+        num_bytes += len(piece)
     where, redo = f"download {storage.url_of(name)}", "remove it and rerun the tokenize job to rewrite it"
     if num_bytes != info.bytes:
         raise ArtifactError(f"{where}: it must have the manifest's {info.bytes} bytes, got {num_bytes}; {redo}")
@@ -283,6 +313,17 @@ def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) 
             f"{where}: it must hold the manifest's {info.num_samples} samples, got {num_samples}; {redo}"
         )
     _write_all(descriptor, index, at=info.bytes)
+
+
+def _pieces_of(storage: Storage, name: str) -> Iterator[bytes]:
+    try:
+        with storage.open(name) as source:
+            while piece := source.read(PIECE_BYTES):
+                yield piece
+    except OSError as error:
+        raise ArtifactError(
+            f"read {storage.url_of(name)}: it must be readable, got {error}; {action_of_open(error)}"
+        ) from error
 
 
 def _write_all(descriptor: int, data: bytes, *, at: int) -> None:

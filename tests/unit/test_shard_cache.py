@@ -3,14 +3,16 @@
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +170,74 @@ def test_a_directory_that_was_cleaned_away_is_made_again(storage: Storage, tmp_p
     assert is_right(open_shard(cache, storage, 1), 1)
     assert is_right(first, 0)
     assert entries(cache) == {entry_of(storage, 1)}
+
+
+def clean_before(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, *, call: str, suffix: str = "", numbers: Container[int] = (0,)
+) -> list[int]:
+    """Have the directory removed before calls of these numbers that name a file in it; returns those it came to."""
+    really, cleaned, counter = getattr(os, call), [], itertools.count()
+
+    def cleaned_call(path: Any, *args: Any, **named: Any) -> Any:
+        is_of_cache = str(path).startswith(str(directory)) and str(path).endswith(suffix)
+        if is_of_cache and (number := next(counter)) in numbers:
+            cleaned.append(number)
+            shutil.rmtree(directory)
+        return really(path, *args, **named)
+
+    monkeypatch.setattr(os, call, cleaned_call)
+    return cleaned
+
+
+@pytest.mark.parametrize(
+    ("call", "suffix", "number"),
+    [
+        ("open", ".lock", 0),  # of the constructor
+        ("open", ".lock", 1),  # before the download
+        ("open", ".lock", 2),  # after it
+        ("stat", "", 0),  # of the lock
+        ("stat", "", 1),  # of the directory, while it is made again
+        ("open", ".staged", 0),
+        ("listdir", "", 0),
+        ("statvfs", "", 0),
+        ("rename", "", 0),
+    ],
+)
+def test_a_directory_that_is_cleaned_away_at_any_moment_ends_no_read(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, suffix: str, number: int
+) -> None:
+    num_open = len(list(Path("/proc/self/fd").iterdir()))
+    cleaned = clean_before(monkeypatch, tmp_path / "cache", call=call, suffix=suffix, numbers=[number])
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    reader = open_shard(cache, storage, 1)
+    assert cleaned == [number]
+    assert is_right(reader, 1)
+    del reader
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+    assert is_right(open_shard(cache, storage, 1), 1)
+    assert entries(cache) == {entry_of(storage, 1)}
+
+
+def test_a_directory_that_is_cleaned_away_again_and_again_is_named_and_no_shard_to_remove(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    clean_before(monkeypatch, cache.directory, call="open", suffix=".staged", numbers=range(1000))
+    said = r"fit into .*/cache, got .* No such file .*\.staged'; check data\.cache_dir and run the same command again$"
+    with pytest.raises(ArtifactError, match=said):
+        open_shard(cache, storage, 1)
+
+
+def test_a_refused_shard_is_told_where_its_download_is_cleaned_away_too(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "set" / "shards" / "00001.tar"
+    path.write_bytes(path.read_bytes()[:-1])
+    cache = ShardCache(tmp_path / "cache", max_bytes=10**9)
+    cleaned = clean_before(monkeypatch, cache.directory, call="unlink")
+    with pytest.raises(ArtifactError, match=r"download .*/00001\.tar: it must have the manifest's"):
+        open_shard(cache, storage, 1)
+    assert cleaned == [0]
 
 
 @pytest.mark.parametrize("is_begun_again", [False, True])
