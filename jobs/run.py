@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.spec import Spec
-from pipeline.config import TokenizeConfig
+from pipeline.config import S3Config, TokenizeConfig
 from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
@@ -135,10 +135,7 @@ def remember_spec(spec: Spec) -> None:
     Raises:
         ArtifactError: another spec is there that differs in more than its kind's free fields, or whose job is at work.
     """
-    if isinstance(spec, FitTokenizerConfig):  # cannot live on S3 yet
-        storage = open_storage(str(local_path(spec.run_dir)))
-    else:
-        storage = open_storage(spec.run_dir, s3=spec.s3)
+    storage = open_storage(spec.run_dir, s3=S3Config() if isinstance(spec, FitTokenizerConfig) else spec.s3)
     new = spec.model_dump(mode="json")
     old = _remembered(storage, spec)
     if old is not None:

@@ -28,9 +28,8 @@ from jobs.study_results import (
     write_outcome,
 )
 from jobs.study_table import markdown
-from pipeline.local_storage import local_path
 from pipeline.sigterm import Sigterm, TerminatedError, raised_on_sigterm
-from pipeline.storage import S3_SCHEME, ArtifactError, DirectoryInUseError, Storage, open_storage
+from pipeline.storage import ArtifactError, DirectoryInUseError, Storage, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def run_study(
         ArtifactError: the study's directory cannot be used.
     """
     chosen = study.selected(selections)
-    storage = _storage(study)
+    storage = open_storage(study.run_dir, s3=study.s3)
     waiting = list(chosen)
     with _stopped_on_sigterm(study) as sigterm:
         worker = _Worker(study, storage, sigterm=sigterm, fail_fast=fail_fast, progress=progress)
@@ -86,7 +85,7 @@ def run_study(
 
 def read_results(study: Study) -> StudyResult:
     """What the runs of a study have come to so far; changes nothing."""
-    storage, results = _storage(study), []
+    storage, results = open_storage(study.run_dir, s3=study.s3), []
     for run in study.runs:
         directory = open_storage(run.spec.run_dir, s3=study.s3)
         found = _found(run, directory)
@@ -106,13 +105,6 @@ def _found(run: StudyRun, directory: Storage) -> Found:
         rule = f"{directory} must hold a run of this spec, but these fields differ: {difference}"
         return Found(problem=f"{rule}; run the study into another run_dir, or remove the run's")
     return found
-
-
-def _storage(study: Study) -> Storage:
-    """The study's directory; raises ArtifactError where its kind of job cannot live there."""
-    if study.run_dir.startswith(S3_SCHEME) and "s3" in type(study.runs[0].spec).model_fields:
-        return open_storage(study.run_dir, s3=study.s3)
-    return open_storage(str(local_path(study.run_dir)))
 
 
 class _Worker:

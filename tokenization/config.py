@@ -37,8 +37,16 @@ def _check_place(value: str) -> str:
     return value
 
 
+def _check_local(value: str) -> str:
+    if "://" in value:
+        raise ValueError(f"it must be local or mounted, got {value!r}; use a directory path")
+    return value
+
+
 Place = Annotated[str, AfterValidator(_check_place)]
 """A path, or a URL where its field takes one."""
+LocalPlace = Annotated[Place, AfterValidator(_check_local)]
+"""A path alone."""
 
 
 class Config(BaseModel):
@@ -124,11 +132,11 @@ class FitTokenizerConfig(Config):
     """`kind: fit_tokenizer`: train a small VQ tokenizer on a folder of images."""
 
     kind: Literal["fit_tokenizer"]
-    run_dir: Place
+    run_dir: LocalPlace
     """Directory of this run: checkpoints, metrics and the final weights."""
-    images: Place
+    images: LocalPlace
     """Folder of training images, searched recursively (a class-per-folder tree works)."""
-    validation_images: Place
+    validation_images: LocalPlace
     """Folder of held-out images, searched recursively."""
     image_size_px: PositiveInt = 64
     """Side in px that images are cropped to."""

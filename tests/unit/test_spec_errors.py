@@ -301,6 +301,13 @@ def test_a_url_one_slash_short_is_no_path(tmp_path: Path) -> None:
     assert problems(tmp_path, TRAIN.replace("runs/x", "s3:/bucket/x")) == [f"spec.yaml:2: run_dir: {rule}"]
 
 
+def test_a_fit_on_s3_is_refused_where_its_spec_is_checked(tmp_path: Path) -> None:
+    text = "kind: fit_tokenizer\nrun_dir: s3://bucket/x\nimages: s3://bucket/y\nvalidation_images: z\nnum_steps: 9\n"
+    rule = "it must be local or mounted, got 's3://bucket/{}'; use a directory path"
+    found = problems(tmp_path, text)
+    assert [f"spec.yaml:2: run_dir: {rule.format('x')}", f"spec.yaml:3: images: {rule.format('y')}"] == found[:2]
+
+
 def test_the_root_of_a_source_must_be_given(tmp_path: Path) -> None:
     text = "kind: tokenize\nrun_dir: x\nsource: {kind: image_folder, root: ''}\ntokenizer: {weights: x}\n"
     assert problems(tmp_path, text) == ["spec.yaml:3: source.root: a path or URL must be given, got ''; name one"]

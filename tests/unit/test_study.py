@@ -23,7 +23,7 @@ from jobs.study import StudyFailedError, publish, run_study
 from jobs.study_results import Outcome, StudyResult, claim_of, read_study, state_of, write_outcome
 from pipeline.config import S3Config
 from pipeline.local_storage import exclusive
-from pipeline.storage import ArtifactError, open_storage
+from pipeline.storage import open_storage
 
 
 @pytest.fixture(scope="module")
@@ -297,11 +297,6 @@ def test_a_selection_of_no_study_is_refused(tmp_path: Path) -> None:
             2,
             f"{path}: --only and --fail-fast are for studies, and this spec has no grid; drop them\n",
         )
-
-
-def test_a_study_of_a_kind_that_needs_a_file_system_is_refused_on_s3(spec: Path) -> None:
-    with pytest.raises(ArtifactError, match="s3://bucket/study"):
-        run_study(study_of(spec, "run_dir=s3://bucket/study"))
 
 
 def test_a_run_of_another_spec_is_no_result_of_this_study(spec: Path) -> None:
