@@ -10,6 +10,7 @@ import argparse
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -23,7 +24,7 @@ LAYOUTS = ("model", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")
 """What DistributedDataParallel, torch.compile, FSDP and a module around the model put before every name."""
 MAX_KEYS_NAMED = 5
-# What torch.load raises on damaged files.
+# What torch.load and zipfile raise on damaged files.
 _DAMAGE_ERRORS = (
     pickle.UnpicklingError,
     OSError,
@@ -35,6 +36,8 @@ _DAMAGE_ERRORS = (
     AttributeError,
     AssertionError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -101,6 +104,8 @@ def _check_sums(path: Path) -> None:
             damaged = archive.testzip() if has_sums else None
     except (zipfile.BadZipFile, OSError):
         return  # written by an old torch, or no checkpoint at all
+    except _DAMAGE_ERRORS as error:
+        damaged = f"header ({str(error) or type(error).__name__})"
     if damaged is not None:
         raise ValueError(
             f"load weights {path}: each member must match its checksum, got a damaged {damaged}; copy or download the "

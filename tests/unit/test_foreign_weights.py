@@ -147,16 +147,45 @@ def test_a_text_conditional_model_is_refused_as_what_it_is(key: str) -> None:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_damaged_file_is_read_or_refused_and_never_anything_else(tmp_path: Path, is_zip: bool) -> None:
-    content = {"model": {"a.weight": torch.randn(4, 4)}, "args": argparse.Namespace(lr=1.0)}
+    weight = torch.arange(16.0).view(4, 4)
+    content = {"model": {"a.weight": weight}, "args": argparse.Namespace(lr=1.0)}
     torch.save(content, tmp_path / "whole.pt", _use_new_zipfile_serialization=is_zip)
     whole, draw, refused = (tmp_path / "whole.pt").read_bytes(), random.Random(0), 0
-    for _ in range(300):
+    for _ in range(600):
         data = bytearray(whole)
         for _ in range(draw.randint(1, 3)):
-            data[draw.randrange(min(len(data), 700))] ^= 1 << draw.randrange(8)
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         (tmp_path / "damaged.pt").write_bytes(data)
         try:
-            read_foreign_weights(tmp_path / "damaged.pt", ignored=set())
+            state = read_foreign_weights(tmp_path / "damaged.pt", ignored=set())
         except ValueError:
             refused += 1
-    assert refused > 100
+        else:
+            assert not is_zip or equal(state, {"a.weight": weight})  # only a zip has checksums
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("header", "at", "bit", "told"),
+    [
+        (b"PK\1\2", 6, 7, "zip file version 12.8"),
+        (b"PK\1\2", 8, 0, "is encrypted, password required"),
+        (b"PK\1\2", 10, 0, "compression method is not supported"),
+        (b"PK\1\2", 10, 3, "while decompressing data"),
+        (b"PK\3\4", 29, 7, "EOFError"),
+    ],
+    ids=["version", "flags", "unknown method", "deflate", "length"],
+)
+def test_a_flipped_bit_in_the_headers_of_a_zip_is_refused_like_one_in_a_tensor(
+    tmp_path: Path, header: bytes, at: int, bit: int, told: str
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(1)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(header) + at] ^= 1 << bit
+    path.write_bytes(data)
+    message = f"load weights {path}: each member must match its checksum, got .*{told}.*; copy or download the file"
+    with pytest.raises(ValueError, match=message):
+        read_weights(path, network=TINY)
+    with pytest.raises(ArtifactError, match=message):
+        load_base_weights(path)
