@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from synthetic_shards import train_config, write_shard_set
 
 from jobs.demo import run_demo
 from jobs.inputs import check_inputs
-from tokenization.compiler import BuildError
+from tokenization.compiler import BuildError, compile_library
 from training import build_ops, ops
 from training.build_ops import build_library, nvcc_for_build
 from training.loop import train
@@ -118,6 +121,28 @@ def test_a_build_that_is_killed_leaves_nothing_beside_the_library(tmp_path: Path
     environment = os.environ | {"CXX": str(compiler), "TMPDIR": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
     assert list(package.iterdir()) == []
+
+
+def test_builds_at_the_same_time_in_containers_that_share_the_checkout_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, package, copied = tmp_path / "one.cpp", tmp_path / "package", threading.Barrier(2)
+    source.write_text(
+        '#ifdef IS_BASELINE\nextern "C" __attribute__((visibility("default"))) int one() { return 1; }\n#endif\n'
+    )
+    package.mkdir()
+
+    def copy_beside_another(linked: Path, staged: Path) -> None:
+        shutil.copyfile(linked, staged)
+        copied.wait(timeout=60)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(os, "getpid", lambda: 1)  # as each container has it
+        patch.setattr(shutil, "copy", copy_beside_another)
+        builds = [pool.submit(compile_library, [source], package / "_one.so", flags=()) for _ in range(2)]
+        assert [build.exception() for build in builds] == [None, None]
+    assert [path.name for path in package.iterdir()] == ["_one.so"]
+    assert ctypes.CDLL(str(package / "_one.so")).one() == 1
 
 
 def test_cuda_is_built_where_it_can_be_and_insisted_on_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
