@@ -113,8 +113,8 @@ def sources_in(directory: Path) -> list[Path]:
 
 
 def digest_of(paths: Iterable[Path]) -> str:
-    """Return a digest of the names and contents of files: what a library was built from."""
+    """Return a digest of the names and contents of files, wherever they lie: what a library was built from."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    for name, content in sorted((path.name, path.read_bytes()) for path in paths):
+        digest.update(f"\n{name}\n".encode() + content)
     return digest.hexdigest()[:32]

@@ -17,7 +17,7 @@ from synthetic_shards import train_config, write_shard_set
 
 from jobs.demo import run_demo
 from jobs.inputs import check_inputs
-from tokenization.compiler import BuildError, compile_library
+from tokenization.compiler import BuildError, compile_library, digest_of
 from training import build_ops, ops
 from training.build_ops import build_library, nvcc_for_build
 from training.loop import train
@@ -64,6 +64,17 @@ def test_what_editors_leave_beside_the_sources_makes_no_library_stale(
         (sources / name).write_text("half a line")
     monkeypatch.setattr(build_ops, "SOURCES", sources)
     check_ops(with_cuda=False)
+
+
+def test_sources_have_the_same_digest_wherever_their_directories_lie(tmp_path: Path) -> None:
+    digests = set()
+    for place in ("a/one.cpp", "z/one.cpp"):
+        paths = [tmp_path / place, tmp_path / "m" / "two.h"]
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"// {path.name}\n")
+        digests |= {digest_of(paths), digest_of(reversed(paths))}
+    assert len(digests) == 1
 
 
 def test_a_library_of_other_sources_is_refused(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
