@@ -12,13 +12,14 @@ import errno
 import logging
 import os
 import random
+import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -27,6 +28,7 @@ from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
     ClientError,
+    ConfigParseError,
     CredentialRetrievalError,
     HTTPClientError,
     IncompleteReadError,
@@ -76,6 +78,8 @@ ENVIRONMENT = (
 )
 FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
 """Variables that name what botocore reads once, when a client is made, and where it looks without them."""
+NEW_FILE_S = 10.0
+"""A file that is younger may be half written: what was made of it is no answer yet."""
 
 
 class S3RefusedError(ArtifactError):
@@ -132,8 +136,7 @@ class S3Requests:
     def file_system(self) -> s3fs.S3FileSystem:
         """Return the s3fs of this process for this endpoint and today's environment and credentials files."""
         variables = tuple(os.environ.get(name) for name in ENVIRONMENT)
-        files = tuple(_mark(os.environ.get(name, default)) for name, default in FILES.items())
-        environment = hash((variables, files))
+        environment = hash((variables, _marks()))
         return _file_system(self.config.endpoint_url, os.getpid(), environment)
 
     def attempts(self, doing: str, key: str) -> Attempts:
@@ -218,7 +221,9 @@ class Attempts:
         """
         fault = classify(error)
         self.num_failed = 1 if num_bytes >= PROGRESS_BYTES else self.num_failed + 1
-        if fault.kind not in ("retry", "unreachable") or self.num_failed >= self.max_attempts:
+        is_early = fault.kind in ("denied", "credentials") and _is_credentials_file_new()
+        may_pass = is_early or fault.kind in ("retry", "unreachable")
+        if not may_pass or self.num_failed >= self.max_attempts:
             raise self.error_for(fault) from error
         wait_s = backoff_s(self.num_failed)
         logger.info(
@@ -249,7 +254,7 @@ class Attempts:
             case "credentials":
                 return StorageUnavailableError(
                     f"{self.doing}: credentials must be in the standard chain, got {got}; set AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role"
+                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, correct their file or give the machine a role"
                 )
             case "unreachable":
                 return StorageUnavailableError(
@@ -298,6 +303,8 @@ def classify(error: Exception) -> Fault:
     refusal = error if isinstance(error, ClientError) else error.__cause__
     if isinstance(refusal, ClientError):
         return _classify_refusal(refusal)
+    if isinstance(error, ConfigParseError):
+        return Fault(kind="credentials", cause=f"{error.kwargs['path']}, which cannot be parsed")
     if isinstance(error, CREDENTIALS_ERRORS):
         return Fault(kind="credentials", cause=type(error).__name__)
     if isinstance(error, EndpointError):
@@ -327,13 +334,35 @@ def _classify_refusal(refusal: ClientError) -> Fault:
     return Fault(kind="refused", cause=cause, code=code)
 
 
-def _mark(path: str) -> tuple[str, int]:
-    """Return a file's path and what changes when it is written again."""
+class _Mark(NamedTuple):
+    """What changes when a file is written again; all 0 where there is none.
+
+    Its time alone does not: an empty file and what is then written into it may have the same.
+    """
+
+    path: str
+    mtime_ns: int = 0
+    num_bytes: int = 0
+    inode: int = 0
+
+
+def _marks() -> tuple[_Mark, ...]:
+    """Return the marks of the files that botocore reads."""
+    return tuple(_mark(os.environ.get(name, default)) for name, default in FILES.items())
+
+
+def _mark(path: str) -> _Mark:
     path = os.path.expanduser(path)  # noqa: PTH111  (Path's own is an error where a user has no home)
     try:
-        return path, Path(path).stat().st_mtime_ns
+        status = Path(path).stat()
     except OSError:
-        return path, 0
+        return _Mark(path)
+    return _Mark(path, status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def _is_credentials_file_new() -> bool:
+    """Whether a file that botocore reads was written a moment ago."""
+    return any(time.time() - mark.mtime_ns / 1e9 < NEW_FILE_S for mark in _marks())
 
 
 def _named(error: Exception) -> str:

@@ -168,11 +168,62 @@ def test_credentials_renewed_in_their_file_are_seen_by_a_living_process(
     for name in names:
         monkeypatch.delenv(name)
     path.write_text("[default]\naws_access_key_id = old\naws_secret_access_key = old\n")
+    os.utime(path, times=(0, 0))  # what was just written might be half of a file
     with pytest.raises(StorageUnavailableError, match="the credentials must allow it, got 403 InvalidAccessKeyId; "):
         storage.write_bytes("a", b"1")
     lines = [f"{name.lower()} = {s3_server.variables[name]}\n" for name in names]
     path.write_text("[default]\n" + "".join(lines))
     assert storage.write_bytes("a", b"1").num_bytes == 1
+
+
+@pytest.mark.parametrize("written", ["nothing", "half a section", "no secret", "half a secret"])
+def test_a_credentials_file_that_is_being_written_is_waited_for(
+    s3_server: S3Server,
+    s3_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    written: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    storage = S3Storage(s3_url, config=S3Config())
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    for name in names:
+        monkeypatch.delenv(name)
+    whole = "[default]\n" + "".join(f"{name.lower()} = {s3_server.variables[name]}\n" for name in names)
+    num_chars = {
+        "nothing": 0,
+        "half a section": 5,
+        "no secret": whole.index("aws_secret"),
+        "half a secret": len(whole) - 20,
+    }
+    path.write_text(whole[: num_chars[written]])
+    written_ns = path.stat().st_mtime_ns
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(storage.write_bytes, "a", b"1")
+        while "s3 retry" not in caplog.text and not asked.done():
+            time.sleep(0.01)
+        with path.open("r+") as file:
+            file.write(whole)
+        os.utime(path, ns=(written_ns, written_ns))
+        assert asked.result(timeout=30).num_bytes == 1
+
+
+def test_a_credentials_file_that_stays_torn_is_named(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    path.write_text("[default")
+    os.utime(path, times=(0, 0))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(
+        StorageUnavailableError, match=rf"standard chain, got {path}, which cannot be parsed; .*correct"
+    ):
+        storage.list()
 
 
 def test_an_unreachable_endpoint_is_named(s3_url: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import (
     ClientError,
+    ConfigParseError,
     ConnectionClosedError,
     ConnectTimeoutError,
     EndpointConnectionError,
@@ -64,6 +65,7 @@ def test_a_refusal_crosses_from_a_worker_to_its_job_whole() -> None:
         (refusal(301, "PermanentRedirect"), "refused", "301 PermanentRedirect"),
         (NoCredentialsError(), "credentials", "NoCredentialsError"),
         (UnauthorizedSSOTokenError(), "credentials", "UnauthorizedSSOTokenError"),
+        (ConfigParseError(path="/a@b/credentials"), "credentials", "/a@b/credentials, which cannot be parsed"),
         (ConnectTimeoutError(endpoint_url="http://x"), "unreachable", "ConnectTimeoutError"),
         (EndpointConnectionError(endpoint_url="http://x"), "unreachable", "EndpointConnectionError"),
         (ReadTimeoutError(endpoint_url="http://x"), "retry", "ReadTimeoutError"),
