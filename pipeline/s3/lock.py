@@ -91,7 +91,6 @@ class S3Lock:
         self.key = key
         self.url = f"s3://{requests.bucket}/{key}"
         self.holder = this_process()
-        self.mark = ""
         self.num_renewals = 0
         self.is_lost = threading.Event()
 
@@ -121,15 +120,19 @@ class S3Lock:
 
     def keep(self, done: threading.Event) -> None:
         """Renew the lock until `done` is set or the lock is lost: then `is_lost` is set, and an error logged."""
-        renewed = time.monotonic()
+        renewed = time.time()  # of the wall clock, which goes on while the machine is suspended
         while not done.wait(RENEW_S):
+            began = time.time()
             try:
-                is_ours = self.renew()
+                is_ours = self.renew(done, age_s=began - renewed)
             except (ArtifactError, FileNotFoundError) as error:
-                age_s = time.monotonic() - renewed
-                level = logging.ERROR if age_s > STALE_S else logging.WARNING
-                logger.log(level, "s3 lock not renewed url=%s for_s=%.0f cause=%s", self.url, age_s, error)
+                if not done.is_set():
+                    age_s = time.time() - renewed
+                    level = logging.ERROR if age_s > STALE_S else logging.WARNING
+                    logger.log(level, "s3 lock not renewed url=%s for_s=%.0f cause=%s", self.url, age_s, error)
                 continue
+            if done.is_set():
+                return  # what it found may be its own release
             if not is_ours:
                 logger.error(
                     "s3 lock LOST url=%s: another job may write here at the same time; see that one of them stops, "
@@ -138,16 +141,25 @@ class S3Lock:
                 )
                 self.is_lost.set()
                 return
-            renewed = time.monotonic()
+            renewed = began
 
-    def renew(self) -> bool:
-        """Write the lock again under its last ETag; False where it is no longer ours."""
-        found = self.read()
-        if found is None or found.holder.token != self.holder.token:
-            return False
-        self.mark = found.mark
+    def renew(self, done: threading.Event, *, age_s: float) -> bool:
+        """Write the lock again, anew where somebody removed it, and whether it is still ours.
+
+        Args:
+            done: when set, a lock that is gone was released.
+            age_s: since the last renewal; a lock that was stale and is gone may have been another job's in between.
+        """
         self.num_renewals += 1
-        return self._write({"IfMatch": f'"{self.mark}"'})
+        for _ in range(MAX_ROUNDS):
+            found = self.read()
+            if found is None and (done.is_set() or age_s > STALE_S):
+                return False
+            if found is not None and found.holder.token != self.holder.token:
+                return False
+            if self._write({"IfNoneMatch": "*"} if found is None else {"IfMatch": f'"{found.mark}"'}):
+                return True
+        return False
 
     def release(self) -> None:
         """Remove the lock if it is still ours; trouble is logged, since the lock frees itself."""
@@ -189,12 +201,12 @@ class S3Lock:
         content = {**asdict(self.holder), "renewals": self.num_renewals, "time": datetime.now(UTC).isoformat()}
         data = json.dumps(content).encode()
         try:
-            self.mark = self.requests.wait(put(self.requests, self.key, data, **condition)).mark
+            self.requests.wait(put(self.requests, self.key, data, **condition))
         except FileNotFoundError:  # AWS's answer to If-Match where the object is gone
             return False
         except S3RefusedError as refused:
             if refused.code in REFUSES_CONDITIONS:
-                self.mark = self.requests.wait(put(self.requests, self.key, data)).mark
+                self.requests.wait(put(self.requests, self.key, data))
                 return True
             if refused.code != "PreconditionFailed":
                 raise

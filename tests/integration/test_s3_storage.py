@@ -431,6 +431,53 @@ def test_a_lock_lost_while_running_is_told_loudly_and_left_to_its_new_holder(
     assert json.loads(storage.read_bytes(".lock")) == fields
 
 
+def test_a_lock_that_somebody_removed_is_made_again_and_not_lost(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    with storage.exclusive() as is_lost:
+        token = json.loads(storage.read_bytes(".lock"))["token"]
+        storage.remove(".lock")
+        deadline = time.monotonic() + 10
+        while storage.find(".lock") is None and not is_lost.is_set() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert json.loads(storage.read_bytes(".lock"))["token"] == token
+        assert not is_lost.wait(timeout=0.5)
+    assert "LOST" not in caplog.text
+    assert storage.find(".lock") is None
+
+
+def test_a_lock_that_is_gone_after_it_was_stale_may_have_been_taken_over_and_is_lost(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "RENEW_S", 1.0)
+    monkeypatch.setattr(lock, "STALE_S", 0.5)
+    with storage.exclusive() as is_lost:
+        storage.remove(".lock")
+        assert is_lost.wait(timeout=10)
+    assert storage.find(".lock") is None
+
+
+def test_a_renewal_that_is_under_way_when_the_body_ends_is_no_loss(
+    storage: S3Storage, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "RENEW_S", 0.1)
+    with fault_proxy(s3_server.endpoint_url) as proxy:
+        slower = S3Storage(storage.url, config=S3Config(endpoint_url=proxy.endpoint_url))
+        with slower.exclusive() as is_lost:
+            (renewing,) = [thread for thread in threading.enumerate() if thread.name.startswith("renew ")]
+            slow = FaultPlan(rate=1, faults=("delay",), delay_s=2.0, max_faults=1, operations=frozenset({"get_object"}))
+            proxy.plan = slow
+            while not proxy.faults:
+                time.sleep(0.01)
+        assert renewing.is_alive()
+        renewing.join(timeout=30)
+        assert not renewing.is_alive()
+    assert not is_lost.is_set()
+    assert [entry.message for entry in caplog.records if "s3 lock" in entry.message] == []
+    assert storage.find(".lock") is None
+
+
 @pytest.mark.parametrize("is_stale", [False, True])
 def test_of_many_that_begin_at_once_one_gets_the_lock(storage: S3Storage, is_stale: bool) -> None:
     if is_stale:
