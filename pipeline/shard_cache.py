@@ -32,7 +32,7 @@ KEPT_FRACTION = 0.9
 """What eviction goes down to, so that it is not at work for every shard."""
 DISK_BLOCK_BYTES = 4096
 """What a disk rounds the size of a file up to."""
-RESERVED_FRACTION = 0.05
+RESERVED_FRACTION, MOST_RESERVED_BYTES = 0.05, 32 << 30
 """Of the disk, kept free: checkpoints on their way to S3 are staged on the same one, TMPDIR."""
 ROOM_WAIT_S = 120.0
 WAIT_INTERVAL_S = 0.1
@@ -166,7 +166,8 @@ class ShardCache:
         """Return what the cache may take on its disk: what it takes now and what is free, less the reserve."""
         taken = sum(file.disk_bytes for file in _found_in(self.directory))
         disk = shutil.disk_usage(self.directory)
-        return max(0, taken + disk.free - int(RESERVED_FRACTION * disk.total))
+        reserved = min(int(RESERVED_FRACTION * disk.total), MOST_RESERVED_BYTES)
+        return max(0, taken + disk.free - reserved)
 
     def _make_room(self, num_bytes: int, *, keep: Path) -> bool:
         """Evict until `num_bytes` more fit, and whether they do; removes what killed processes left."""
