@@ -8,18 +8,20 @@ than letters, digits and `._+-` become one `-`. Light: imports no torch, ray or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import prod
 from typing import Any
 
-from jobs.problems import quoted
-from jobs.spec import GRID, Document, KeyPath, SpecError, line_of
+from jobs.problems import closest, quoted
+from jobs.spec import BASELINE, GRID, Document, KeyPath, SpecError, line_of
 
 MAX_RUNS = 1000
 MAX_NAME_CHARS = 200
-_RESERVED = ("kind", "run_dir", GRID)
+SEED = "seed"
+"""Label of the axis whose cases are repetitions."""
+_RESERVED = ("kind", "run_dir", GRID, BASELINE)
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
 
@@ -61,6 +63,38 @@ def read_axes(document: Document) -> list[Axis]:
     if problems:
         raise SpecError(sorted(texts, key=line_of))
     return axes
+
+
+def read_baseline(document: Document, axes: Sequence[Axis]) -> dict[str, str]:
+    """The case of each axis that `baseline` names; none without one.
+
+    Raises:
+        SpecError: it names no axis or no case of the grid, or a seed.
+    """
+    baseline = document.data.get(BASELINE)
+    if baseline is None:
+        return {}
+    if not isinstance(baseline, dict) or not baseline:
+        rule = f"{BASELINE} must name a case of an axis of the grid, as in {axes[0].label}: {axes[0].cases[0].name}"
+        raise SpecError([f"{document.place((BASELINE,))}: {rule}, got {quoted(baseline)}"])
+    told = ((label, _baseline_problem(label, case_name(case), axes)) for label, case in baseline.items())
+    problems = [f"{document.place((BASELINE, label))}: {BASELINE}.{text}" for label, text in told if text]
+    if problems:
+        raise SpecError(problems)
+    return {label: case_name(case) for label, case in baseline.items()}
+
+
+def _baseline_problem(label: str, case: str, axes: Sequence[Axis]) -> str | None:
+    cases_of = {axis.label: [case.name for case in axis.cases] for axis in axes if axis.label != SEED}
+    if label == SEED:
+        return f"{SEED}: runs are held against those of the same seed; take it out"
+    if label not in cases_of:
+        advice = closest(label, list(cases_of)) or f"; the axes are {', '.join(cases_of)}"
+        return f"{label} is no axis of the grid{advice}"
+    if case not in cases_of[label]:
+        advice = closest(case, cases_of[label]) or f"; its cases are {', '.join(cases_of[label])}"
+        return f"{label}: {case!r} is no case of {label}{advice}"
+    return None
 
 
 def _axis_problems(name: str, content: Any) -> Iterator[tuple[KeyPath, str]]:

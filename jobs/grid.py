@@ -15,14 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jobs.axes import Case, dotted_name, read_axes
+from jobs.axes import Case, dotted_name, read_axes, read_baseline
 from jobs.problems import closest
-from jobs.spec import GRID, Document, KeyPath, Spec, SpecError, lay_value, line_of, read_document, validated
+from jobs.spec import BASELINE, GRID, Document, KeyPath, Spec, SpecError, lay_value, line_of, read_document, validated
 from pipeline.config import S3Config
 from training.config import TrainConfig
 
-SEED = "seed"
-"""Label of the axis whose cases are repetitions."""
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -45,6 +43,8 @@ class Study:
     run_dir: str
     s3: S3Config
     runs: tuple[StudyRun, ...]
+    baseline: dict[str, str]
+    """Cases that the other runs are held against, by axis; empty without one."""
 
     def selected(self, selections: Sequence[str]) -> tuple[StudyRun, ...]:
         """The runs that any of the selections asks for; all without one.
@@ -73,6 +73,7 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Spec | Study:
     if GRID not in document.data:
         return validated(document)
     axes = read_axes(document)
+    baseline = read_baseline(document, axes)
     runs, problems = [], _Problems()
     for cases in product(*(axis.cases for axis in axes)):
         chosen = {axis.label: case.name for axis, case in zip(axes, cases, strict=True)}
@@ -85,7 +86,8 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> Spec | Study:
     problems.raise_if_any(num_runs=len(runs) + len(problems.runs))
     spec = runs[0].spec
     s3 = getattr(spec, "s3", S3Config())  # kinds without it live on a file system
-    return Study(kind=spec.kind, run_dir=spec.run_dir.removesuffix(f"/{runs[0].name}"), s3=s3, runs=tuple(runs))
+    run_dir = spec.run_dir.removesuffix(f"/{runs[0].name}")
+    return Study(kind=spec.kind, run_dir=run_dir, s3=s3, runs=tuple(runs), baseline=baseline)
 
 
 class _Problems:
@@ -115,7 +117,7 @@ def _in_runs(text: str, runs: list[str], *, num_runs: int) -> str:
 
 def _laid(document: Document, cases: Sequence[Case], *, name: str, chosen: dict[str, str]) -> Document:
     """The document of one run: the cases' fields laid over the base, placeholders filled in, below the study."""
-    data = {key: deepcopy(value) for key, value in document.data.items() if key != GRID}
+    data = {key: deepcopy(value) for key, value in document.data.items() if key not in (GRID, BASELINE)}
     laid = replace(document, data=data, place_of=dict(document.place_of), problems=list(document.problems))
     for field, source in ((field, source) for case in cases for field, source in case.fields.items()):
         lay_value(laid, field, deepcopy(_at(document.data, source)), place=document.place(source))

@@ -36,6 +36,8 @@ KINDS: dict[str, type[Spec]] = {
 SPECS_DIR = Path(__file__).parent / "specs"
 GRID = "grid"
 """Top-level field that makes a spec a study of several runs; read by `jobs.grid`."""
+BASELINE = "baseline"
+"""Top-level field of such a spec: the cases that its other runs are held against."""
 MAX_DEPTH = 32
 _TAG = "tag:yaml.org,2002:"
 _SURROGATE = re.compile("[\ud800-\udfff]")

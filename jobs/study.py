@@ -91,7 +91,7 @@ def read_results(study: Study) -> StudyResult:
         found = _found(run, directory)
         claim = claim_of(storage, run.name, s3=study.s3)
         results.append(result_of_run(directory, claim, name=run.name, cases=run.cases, found=found))
-    return StudyResult(kind=study.kind, run_dir=study.run_dir, runs=tuple(results))
+    return StudyResult(kind=study.kind, run_dir=study.run_dir, runs=tuple(results), baseline=study.baseline)
 
 
 def _found(run: StudyRun, directory: Storage) -> Found:

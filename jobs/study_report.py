@@ -16,7 +16,15 @@ from markupsafe import Markup
 from jobs.charts import Curve, overlay_chart
 from jobs.results import DAMAGE, read_lines
 from jobs.study_results import StudyResult
-from jobs.study_table import columns_of, describe, lines_of
+from jobs.study_table import (
+    COMPARISON_NOTE,
+    columns_of,
+    comparison_of,
+    describe,
+    difference_cell,
+    heading_of,
+    lines_of,
+)
 from pipeline.config import S3Config
 from pipeline.storage import Storage, open_storage
 
@@ -62,6 +70,10 @@ def report_page(result: StudyResult, *, s3: S3Config) -> str:
         columns=columns,
         meanings=[(name, MEANINGS[name]) for name in columns if name in MEANINGS],
         lines=lines_of(result),
+        comparison=comparison_of(result),
+        comparison_heading=heading_of(result),
+        comparison_note=COMPARISON_NOTE,
+        difference_cell=difference_cell,
         charts=_charts(result, s3=s3) if result.kind == "train" else [],
     )
 

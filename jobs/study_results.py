@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, ValidationError
+from pydantic import Field, NonNegativeFloat, ValidationError
 
 from jobs.results import Found, Measure, find_run
 from jobs.run import SPEC_NAME
@@ -67,6 +67,8 @@ class StudyResult(Config):
     kind: str
     run_dir: str
     runs: tuple[RunResult, ...]
+    baseline: dict[str, str] = Field(default_factory=dict)
+    """Cases that the other runs are held against, by axis; empty without one."""
 
     def count(self, state: State) -> int:
         """How many runs are in a state."""

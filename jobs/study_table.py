@@ -1,19 +1,27 @@
-"""The table of a study: one line for each combination of its axes but the seeds, one column a headline measure.
+"""The tables of a study: one line for each combination of its axes but the seeds, one column a headline measure.
 
 Pure: numbers in, text out. Over seeds a cell is mean, sample standard deviation (n - 1) and range of the runs that are
-done; of one run it is the value, with the interval that the run itself knows.
+done; of one run it is the value, with the interval that the run itself knows. A study with a baseline has a second
+table: each other line minus the one that has the baseline's cases and else its own.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from jobs.grid import SEED
+from jobs.axes import SEED
 from jobs.results import Measure
+from jobs.study_difference import Difference, difference
 from jobs.study_results import RunResult, StudyResult
+
+COMPARISON_NOTE = (
+    "mean difference of runs of the same seed +- half of its 95 % interval over the seeds (Student's); bold where the "
+    "interval leaves 0 out, as it does by chance in one of twenty"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,17 @@ class Line:
         """A measure over its runs that are done, as people read it."""
         return summary([run.measures[measure] for run in self.runs if measure in run.measures])
 
+    def beside(self, baseline: Line, measure: str) -> Difference | None:
+        """A measure minus the baseline's, over the seeds of which both have a run that is done."""
+        theirs = {run.cases.get(SEED): run.measures for run in baseline.runs}
+        return difference(
+            [
+                (run.measures[measure].value, theirs[run.cases.get(SEED)][measure].value)
+                for run in self.runs
+                if measure in run.measures and measure in theirs[run.cases.get(SEED)]
+            ]
+        )
+
     @property
     def done(self) -> str:
         """How many of its runs are done."""
@@ -46,6 +65,39 @@ def lines_of(result: StudyResult) -> list[Line]:
         key = tuple((axis, case) for axis, case in run.cases.items() if axis != SEED)
         runs_of.setdefault(key, []).append(run)
     return [Line(cases=dict(key), runs=tuple(runs)) for key, runs in runs_of.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The second table: lines, and the differences of each to its own baseline by measure."""
+
+    columns: list[str]
+    """Measures in which any line differs from its baseline."""
+    rows: list[tuple[Line, dict[str, Difference]]]
+
+
+def comparison_of(result: StudyResult) -> Comparison:
+    """What the lines come to beside the baseline; without rows where the study has none, or nothing to compare yet."""
+    lines, rows = lines_of(result), []
+    for line in lines:
+        (baseline,) = [other for other in lines if other.cases == line.cases | result.baseline]
+        if baseline is not line:
+            found = {measure: line.beside(baseline, measure) for measure in columns_of(result)}
+            rows.append((line, {measure: one for measure, one in found.items() if one is not None}))
+    rows = [row for row in rows if row[1]]
+    differing = {measure for _, found in rows for measure, one in found.items() if one.mean or one.half_width}
+    return Comparison(columns=[name for name in columns_of(result) if name in differing], rows=rows)
+
+
+def difference_cell(found: Difference | None) -> str:
+    """A difference in a few characters, to two digits of its interval: `-0.026 +- 0.013`; `-` of none."""
+    if found is None:
+        return "-"
+    if not found.half_width:
+        (mean,) = numbers([found.mean])
+        return f"+{mean}" if found.mean > 0 else mean
+    num_decimals = max(0, 1 - math.floor(math.log10(found.half_width)))
+    return f"{found.mean:+,.{num_decimals}f} +- {found.half_width:,.{num_decimals}f}"
 
 
 def columns_of(result: StudyResult) -> list[str]:
@@ -82,10 +134,38 @@ def markdown(result: StudyResult) -> str:
     head = [*axes, "done", *columns]
     body = [[*line.cases.values(), line.done, *(line.cell(column) for column in columns)] for line in lines]
     rule = ["---"] * len(axes) + ["---:"] * (1 + len(columns))
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])
+    text = _rows([head, rule, *body])
     seeds = list(dict.fromkeys(run.cases[SEED] for run in result.runs if SEED in run.cases))
     note = f"\n\nmean +- standard deviation (least..most) over the seeds {', '.join(seeds)}" if seeds else ""
-    return f"# {result.kind} study {result.run_dir}\n\n{text}{note}\n"
+    return f"# {result.kind} study {result.run_dir}\n\n{text}{note}\n{_comparison(result)}"
+
+
+def _comparison(result: StudyResult) -> str:
+    """The second table, where there is something in it."""
+    found = comparison_of(result)
+    if not found.rows:
+        return ""
+    axes = list(found.rows[0][0].cases)
+    rule = ["---"] * len(axes) + ["---:"] * len(found.columns)
+    body = [
+        [*line.cases.values(), *(_marked(differences.get(column)) for column in found.columns)]
+        for line, differences in found.rows
+    ]
+    return f"\n## {heading_of(result)}\n\n{_rows([[*axes, *found.columns], rule, *body])}\n\n{COMPARISON_NOTE}\n"
+
+
+def heading_of(result: StudyResult) -> str:
+    """Of the second table."""
+    return f"Minus {', '.join(f'{axis}={case}' for axis, case in result.baseline.items())}"
+
+
+def _marked(found: Difference | None) -> str:
+    cell = difference_cell(found)
+    return f"**{cell}**" if found is not None and found.is_clear else cell
+
+
+def _rows(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def runs_table(result: StudyResult) -> Table:

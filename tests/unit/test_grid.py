@@ -262,3 +262,27 @@ def test_one_run_is_not_a_study(tmp_path: Path) -> None:
     path.write_text(TRAIN + "grid: {seed: [0]}\n")
     with pytest.raises(SpecError, match=r"spec\.yaml:6: grid makes a study of several runs, and one run is asked for"):
         load_spec(path)
+
+
+def test_a_baseline_names_cases_of_the_grid(tmp_path: Path) -> None:
+    grid = "grid:\n  noise.schedule: [full, sine]\n  model.window_size: [1, 4]\n"
+    made = study(tmp_path, "baseline: {schedule: full, window_size: 1}\n" + grid)
+    assert made.baseline == {"schedule": "full", "window_size": "1"}
+    assert len(made.runs) == 4
+    assert study(tmp_path, grid, "baseline={schedule: sine}").baseline == {"schedule": "sine"}
+    assert study(tmp_path, "baseline: {schedule: full}\n" + grid, "baseline=null").baseline == {}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "problem"),
+    [
+        ("full", "baseline must name a case of an axis of the grid, as in schedule: full, got 'full'"),
+        ("{shedule: full}", "baseline.shedule is no axis of the grid; did you mean schedule?"),
+        ("{schedule: fulll}", "baseline.schedule: 'fulll' is no case of schedule; did you mean full?"),
+        ("{schedule: x}", "baseline.schedule: 'x' is no case of schedule; its cases are full, sine"),
+        ("{seed: 0}", "baseline.seed: runs are held against those of the same seed; take it out"),
+    ],
+)
+def test_a_baseline_that_is_none_is_refused_at_its_line(tmp_path: Path, baseline: str, problem: str) -> None:
+    grid = f"baseline: {baseline}\ngrid:\n  noise.schedule: [full, sine]\n  seed: [0, 1]\n"
+    assert problems(tmp_path, grid) == [f"spec.yaml:6: {problem}"]

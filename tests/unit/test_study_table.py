@@ -86,3 +86,55 @@ def test_without_seeds_there_is_a_line_a_run() -> None:
         "| 2 | 1 of 1 | 7 |",
         "| 4 | 1 of 1 | 8 |",
     ]
+
+
+def compared(*runs: RunResult, baseline: dict[str, str]) -> list[str]:
+    """The lines of the second table."""
+    text = markdown(StudyResult(kind="train", run_dir="runs/s", runs=runs, baseline=baseline))
+    return text.partition("\n## ")[2].splitlines()
+
+
+def test_the_second_table_holds_runs_against_those_of_the_baseline_with_the_same_seed() -> None:
+    lines = compared(
+        run({"recipe": "control", "seed": "0"}, loss=3.0, steps=20),
+        run({"recipe": "control", "seed": "1"}, loss=4.0, steps=20),
+        run({"recipe": "a", "seed": "0"}, loss=2.0, steps=20),
+        run({"recipe": "a", "seed": "1"}, loss=2.9, steps=20),
+        run({"recipe": "b", "seed": "0"}, loss=2.0, extra=1.0),
+        run({"recipe": "b", "seed": "1"}, loss=5.0),
+        run({"recipe": "c", "seed": "0"}, state="failed"),
+        run({"recipe": "c", "seed": "1"}, loss=3.5),
+        run({"recipe": "d", "seed": "0"}, state="to do"),
+        run({"recipe": "d", "seed": "1"}, state="to do"),
+        baseline={"recipe": "control"},
+    )
+    # a: gaps -1 and -1.1, mean -1.05, half-width 12.706 * 0.0707 / sqrt(2) = 0.635; b: -1 and 1, 12.706 * 1.414 / 1.414
+    assert lines == [
+        "Minus recipe=control",
+        "",
+        "| recipe | loss |",
+        "| --- | ---: |",
+        "| a | **-1.05 +- 0.64** |",
+        "| b | +0 +- 13 |",
+        "| c | -0.5000 |",
+        "",
+        "mean difference of runs of the same seed +- half of its 95 % interval over the seeds (Student's); bold where "
+        "the interval leaves 0 out, as it does by chance in one of twenty",
+    ]
+
+
+def test_a_line_is_held_against_the_baseline_of_its_own_other_axes() -> None:
+    lines = compared(
+        run({"size": "B", "recipe": "control"}, loss=3.0),
+        run({"size": "B", "recipe": "a"}, loss=2.0),
+        run({"size": "L", "recipe": "control"}, loss=1.0),
+        run({"size": "L", "recipe": "a"}, loss=1.5),
+        baseline={"recipe": "control"},
+    )
+    assert lines[4:6] == ["| B | a | -1 |", "| L | a | +0.5000 |"]
+
+
+def test_before_the_baseline_is_done_there_is_no_second_table() -> None:
+    runs = (run({"recipe": "control"}, state="to do"), run({"recipe": "a"}, loss=2.0))
+    assert compared(*runs, baseline={"recipe": "control"}) == []
+    assert compared(*runs, baseline={}) == []

@@ -30,6 +30,7 @@ def headline_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         "frechet_distance_real": distance["real"],
         "frechet_distance_to_decoded": measures["frechet_distance_to_decoded"]["samples"],
         "kernel_distance": measures["kernel_distance"]["samples"],
+        "kernel_distance_to_decoded": measures["kernel_distance_to_decoded"]["samples"],
         "precision": measures["precision"]["samples"],
         "recall": measures["recall"]["samples"],
         "label_score": measures["label_score"]["top_1"]["samples"],
