@@ -17,7 +17,7 @@ from jobs.run import run_spec
 from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 from training.evaluation.adm_npz import read_adm_npz
-from training.evaluation.config import EvaluateConfig
+from training.evaluation.config import EvaluateConfig, ReferenceConfig
 from training.evaluation.distances import frechet_distance
 from training.evaluation.evaluate import read_evaluation, run_evaluate
 from training.evaluation.features import load_features
@@ -234,6 +234,31 @@ def test_a_model_without_windows_or_control_is_evaluated_as_well(finished: Evalu
     for of in ("real", "decoded"):
         theirs = result_of(finished)["measures"]["frechet_distance"][of]
         assert result["measures"]["frechet_distance"][of] == theirs
+
+
+def test_a_corpus_of_its_own_to_report_against_gives_the_report_half_and_the_labels_of_the_samples(
+    finished: EvaluateConfig, tmp_path: Path
+) -> None:
+    tars = (
+        Path(finished.reference.source.urls[0]).parent if finished.reference.source.kind == "webdataset" else tmp_path
+    )
+    sources = [{"kind": "webdataset", "urls": [f"{tars}/{tar}.tar"]} for tar in (0, 1)]
+    reference = ReferenceConfig.model_validate({"source": sources[0], "report_source": sources[1], "num_images": 8})
+    config = finished.model_copy(update={"run_dir": str(tmp_path / "evaluation"), "reference": reference})
+    run_evaluate(config)
+    halves = np.load(tmp_path / "evaluation/stages/reference/00000.npz")
+    assert halves["in_report_half"].tolist() == [False] * 8 + [True] * 8
+    expected = sorted(image.label for image in choose_images(reference, s3=finished.s3) if image.in_report_half)
+    result = read_evaluation(open_storage(config.run_dir))
+    assert (result["reference"]["num_tuning"], result["reference"]["num_report"]) == (8, 8)
+    drawn = np.load(tmp_path / "evaluation/stages/samples/00000.npz")
+    loaded, _ = load_model(finished.weights, device=torch.device("cpu"), dtype=torch.float32)
+    loaded.use_native_ops()
+    labels = torch.from_numpy(proportional_labels(np.array(expected), num_samples=14))
+    sampler = finished.sampler.model_copy(update={"guidance": result["sampler"]["guidance"]})
+    counters = torch.arange(14)
+    sampled = sample_codes(loaded, labels, config=sampler, seed=9, sample_counters_N=counters)
+    assert np.array_equal(drawn["codes"], sampled.codes_NT.numpy())
 
 
 def test_inputs_that_do_not_belong_together_are_refused(finished: EvaluateConfig, tmp_path: Path) -> None:

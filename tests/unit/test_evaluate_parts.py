@@ -133,6 +133,28 @@ def test_images_of_a_group_are_in_one_half(tmp_path: Path) -> None:
         choose_images(reference_of(urls, group_field="concept"), s3=S3Config())
 
 
+def test_two_corpora_are_the_two_halves(tmp_path: Path) -> None:
+    write_tars(tmp_path, num_tars=2, samples_per_tar=10)
+    other = {"kind": "webdataset", "urls": [f"{tmp_path}/00001.tar"]}
+    reference = reference_of(f"{tmp_path}/00000.tar", report_source=other)
+    halves = [(image.name, image.in_report_half) for image in choose_images(reference, s3=S3Config())]
+    alone = [
+        [image.name for image in choose_images(reference_of(f"{tmp_path}/{tar}.tar"), s3=S3Config())]
+        for tar in ("00000", "00001")
+    ]
+    assert halves == [(name, False) for name in alone[0]] + [(name, True) for name in alone[1]]
+    assert len(halves) == 16
+
+
+def test_a_group_in_both_corpora_is_refused(tmp_path: Path) -> None:
+    write_tars(tmp_path, num_tars=2, samples_per_tar=10)
+    other = {"kind": "webdataset", "urls": [f"{tmp_path}/00001.tar"]}
+    reference = reference_of(f"{tmp_path}/00000.tar", report_source=other, group_field="group")
+    rule = r"no group of reference\.report_source may be in reference\.source, got 'toys' and 0 more in both; take"
+    with pytest.raises(ArtifactError, match=rule):
+        choose_images(reference, s3=S3Config())
+
+
 def test_an_image_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tars(tmp_path, num_tars=1, samples_per_tar=4)
     write_tar(tmp_path / "00001.tar", [("alone.json", b'{"label": 1}')])

@@ -62,11 +62,14 @@ class ReferenceConfig(Config):
 
     source: SourceConfig
     """A corpus as in a tokenize spec; images are cropped as the tokenizer's are."""
+    report_source: SourceConfig | None = None
+    """The report half, as a corpus of its own such as images of concepts that no model has seen; `source` is then all
+    to tune by. None takes both halves from `source`."""
     num_images: Annotated[int, Field(ge=2 * MIN_HALF)] = 10_000
-    """Images taken, those whose names hash lowest; all where there are fewer."""
+    """Images taken of a corpus, those whose names hash lowest; all where there are fewer."""
     group_field: str | None = None
     """Field of a sample's JSON that says which images belong together, such as the concept they show, so that a group
-    is never in both halves; none is the sample's own name."""
+    is never in both halves; none is the sample's own name. Two corpora are held to it where a field is named."""
     group_separator: str | None = None
     """Only what stands before it in the group counts: `-` puts `1f600-noto` and `1f600-fluent` together."""
 
@@ -204,8 +207,8 @@ class EvaluateConfig(Config):
     captions: CaptionsConfig | None = None
     """None: no caption score."""
     num_samples: Annotated[int, Field(ge=MIN_HALF)] = 1000
-    """Samples measured, their labels in proportion to the reference's. As many as a half of the reference holds make
-    the distances comparable with their floors."""
+    """Samples measured, their labels in proportion to those of the corpus that they are compared with. As many as a
+    half of the reference holds make the distances comparable with their floors."""
     features: FeaturesConfig = FeaturesConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     shown: ShownConfig = ShownConfig()

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.philox import Int64Array
 from pipeline.storage import ArtifactError, Storage, open_storage
 from training.config import SamplerConfig
 from training.evaluation.captions import embed_captions
@@ -152,7 +153,7 @@ class _Evaluation:
             self._stages, config.reference, tokenizer=inputs.tokenizer, reader=inputs.reader, s3=config.s3
         )
         self._check_captions(reference)
-        labels_N = self._labels(reference, num_samples=config.num_samples)
+        labels_N = self._labels(reference.labels_for(reference.report), num_samples=config.num_samples)
         sampler, tried = self._tuned(reference)
         plan = self._plan(labels_N, counters_N=np.arange(len(labels_N), dtype=np.int64))
         samples = self._draw("samples", inputs.model, sampler=sampler, plan=plan)
@@ -226,13 +227,13 @@ class _Evaluation:
         control = None if inputs.control is None else scores_of("control", inputs.control)
         return summarise_held_out(model, control, intervals=self._intervals, groups_N=groups_N)
 
-    def _labels(self, reference: Reference, *, num_samples: int) -> np.ndarray:
-        labels = reference.labels
+    def _labels(self, labels: Int64Array, *, num_samples: int) -> Int64Array:
+        """Labels of samples, in the proportions of those of real images."""
         if not len(labels) or labels[-1] >= self._num_classes:
             got = f"up to {labels[-1]}" if len(labels) else "none"
             raise ArtifactError(
-                f"evaluate: the reference must have labels below the model's num_classes = {self._num_classes}, got "
-                f"{got}; name a corpus with the classes that the model was trained on"
+                "evaluate: the reference must have labels below the model's num_classes = "
+                f"{self._num_classes}, got {got}; name a corpus with the classes that the model was trained on"
             )
         return proportional_labels(labels, num_samples=num_samples)
 
@@ -273,10 +274,10 @@ class _Evaluation:
         config = self._config
         if config.tuning is None:
             return config.sampler, None
-        labels_N = self._labels(reference, num_samples=config.tuning.num_samples)
+        half = reference.tuning
+        labels_N = self._labels(reference.labels_for(half), num_samples=config.tuning.num_samples)
         # Counters behind those of the reported samples: other draws than theirs.
         plan = self._plan(labels_N, counters_N=config.num_samples + np.arange(len(labels_N), dtype=np.int64))
-        half = reference.tuning
         return tune_sampler(
             config.tuning,
             sampler=config.sampler,

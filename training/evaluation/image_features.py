@@ -90,11 +90,13 @@ class Reference:
     report: Half
     num_rejected: int
     """Chosen images that could not be decoded."""
+    is_one_corpus: bool = True
+    """Whether both halves are of one corpus."""
 
-    @property
-    def labels(self) -> Int64Array:
-        """Labels of all images that have one, sorted."""
-        labels = np.sort(np.concatenate([self.tuning.labels_N, self.report.labels_N]))
+    def labels_for(self, half: Half) -> Int64Array:
+        """Return the labels, sorted, of the images of the corpus that `half` is of; without images that have none."""
+        halves = [self.tuning, self.report] if self.is_one_corpus else [half]
+        labels = np.sort(np.concatenate([half.labels_N for half in halves]))
         return labels[labels >= 0]
 
 
@@ -124,7 +126,12 @@ def reference_features(
     num_images = int(summary["num_images"])
     arrays = joined(stages.batches("reference", num_samples=num_images, batch_size=BATCH, make=make))
     halves = [_half(arrays, in_report_half=in_report_half) for in_report_half in (False, True)]
-    return Reference(tuning=halves[0], report=halves[1], num_rejected=num_images - len(arrays["labels"]))
+    return Reference(
+        tuning=halves[0],
+        report=halves[1],
+        num_rejected=num_images - len(arrays["labels"]),
+        is_one_corpus=config.report_source is None,
+    )
 
 
 class _Chosen:
@@ -148,7 +155,7 @@ class _Chosen:
         """The images; raises ArtifactError where they are not those that the job began with."""
         if self._images is None and digest_of_images(self._read()) != summary["sha256"]:
             raise ArtifactError(
-                "evaluate: the images of reference.source must be those that the job began with, but their names or "
+                "evaluate: the images of the reference must be those that the job began with, but their names or "
                 "bytes have changed; set another run_dir, or put the corpus back"
             )
         return self._read()
@@ -159,8 +166,8 @@ def _half(arrays: Arrays, *, in_report_half: bool) -> Half:
     if chosen.sum() < MIN_HALF:
         raise ArtifactError(
             f"evaluate: each half of the reference must hold at least {MIN_HALF} images, got {int(chosen.sum())} of "
-            f"{len(chosen)} in the {'report' if in_report_half else 'tuning'} half; raise reference.num_images, or set "
-            "reference.group_field or group_separator so that there are more groups"
+            f"{len(chosen)} in the {'report' if in_report_half else 'tuning'} half; name a larger corpus, raise "
+            "reference.num_images, or set reference.group_field or group_separator so that there are more groups"
         )
     return Half(
         labels_N=arrays["labels"][chosen],

@@ -2,7 +2,7 @@
 
 Invariant: the choice depends on the images' names and the numbers of their work units alone (so on the order of tars),
 and the half on the group alone: not on the seed or the machine, so that every job over a corpus is measured on the same
-images. One pass over the corpus; the bytes of the chosen ones are held, the pixels of a batch at a time.
+images. One pass over a corpus; the bytes of the chosen ones are held, the pixels of a batch at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import S3Config
+from pipeline.config import S3Config, SourceConfig
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
 from pipeline.storage import ArtifactError
@@ -40,6 +40,8 @@ class RealImage:
 
     name: str
     """Work unit and the input's own name."""
+    group: str
+    """What it belongs to: its concept, or itself alone."""
     label: int
     """`NO_LABEL` where it has none."""
     caption: str
@@ -51,37 +53,57 @@ class RealImage:
 
 
 def choose_images(config: ReferenceConfig, *, s3: S3Config) -> list[RealImage]:
-    """Return the images of a corpus whose names hash lowest, in that order; one that cannot be read is logged.
+    """Return the images of a reference, of each corpus those whose names hash lowest, in that order.
+
+    Images that cannot be read are left out, and logged.
 
     Raises:
-        ArtifactError: the corpus is missing or damaged, or has no images.
+        ArtifactError: a corpus is missing or damaged, has no images, or shares a group with the other.
     """
-    source = make_source(config.source, s3=s3)
+    if config.report_source is None:
+        return _choose("source", config.source, config=config, s3=s3)
+    tuning = _choose("source", config.source, config=config, s3=s3, in_report_half=False)
+    report = _choose("report_source", config.report_source, config=config, s3=s3, in_report_half=True)
+    shared = {image.group for image in tuning} & {image.group for image in report}
+    if config.group_field is not None and shared:
+        raise ArtifactError(
+            f"evaluate: no group of reference.report_source may be in reference.source, got {min(shared)!r} and "
+            f"{len(shared) - 1} more in both; take them out of one, or leave report_source out"
+        )
+    return tuning + report
+
+
+def _choose(
+    name: str, of: SourceConfig, *, config: ReferenceConfig, s3: S3Config, in_report_half: bool | None = None
+) -> list[RealImage]:
+    """Return the images of one corpus, all in one half, or each in that of its group."""
+    source = make_source(of, s3=s3)
     chosen: list[tuple[int, str, RealImage]] = []  # a heap whose first has the highest hash
     for unit in source.plan().units:
         for sample in source.read(unit):
-            name = f"{unit.unit_index}/{sample.source}"
+            image_name = f"{unit.unit_index}/{sample.source}"
             if sample.problem is not None:
-                logger.warning("evaluate image=%s rejected reason=%s", name, sample.problem.reason)
+                logger.warning("evaluate image=%s rejected reason=%s", image_name, sample.problem.reason)
                 continue
-            place = -_hash(f"image {name}")
+            place = -_hash(f"image {image_name}")
             if len(chosen) == config.num_images and place <= chosen[0][0]:
                 continue
-            heapq.heappush(chosen, (place, name, _taken(sample, name=name, config=config)))
+            image = _taken(sample, name=image_name, group=_group_of(sample, config=config), half=in_report_half)
+            heapq.heappush(chosen, (place, image_name, image))
             if len(chosen) > config.num_images:
                 heapq.heappop(chosen)
     if not chosen:
-        raise ArtifactError("evaluate: reference.source must hold images, got none; check its paths")
+        raise ArtifactError(f"evaluate: reference.{name} must hold images, got none; check its paths")
     return [image for _, _, image in sorted(chosen, key=lambda entry: (-entry[0], entry[1]))]
 
 
-def _taken(sample: InputSample, *, name: str, config: ReferenceConfig) -> RealImage:
-    group = _group_of(sample, config=config)
+def _taken(sample: InputSample, *, name: str, group: str, half: bool | None) -> RealImage:
     return RealImage(
         name=name,
+        group=group,
         label=NO_LABEL if sample.label is None else sample.label,
         caption=(sample.caption or "").strip(),
-        in_report_half=is_in_report_half(group),
+        in_report_half=is_in_report_half(group) if half is None else half,
         data=sample.data,
     )
 
