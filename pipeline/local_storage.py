@@ -331,7 +331,7 @@ class _OpenFile(io.FileIO):
     def __init__(self, path: Path) -> None:
         self._doing = f"read {path}"
         try:
-            super().__init__(path)
+            super().__init__(path, opener=_open_regular)
         except OSError as error:
             raise_outage(error, doing=self._doing)
             raise
@@ -351,8 +351,19 @@ class _OpenFile(io.FileIO):
             raise
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file as `io.FileIO` asks for it; raises OSError at once for a pipe, which would be waited for."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    try:
+        _check_regular(os.fstat(descriptor), str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def _check_regular(status: os.stat_result, path: str) -> None:
-    """Raise OSError for what is no regular file: a pipe would be waited for without end."""
+    """Raise OSError for what is no regular file."""
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(status.st_mode):

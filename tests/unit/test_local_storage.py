@@ -260,7 +260,8 @@ def test_what_is_missing_or_forbidden_is_no_outage(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", ["read_bytes", "open", "map"])
+def test_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path, read: str) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(OSError, match=r"not a regular file: '.*/a\.png'"):
-        LocalStorage(tmp_path).read_bytes("a.png")
+        getattr(LocalStorage(tmp_path), read)("a.png")
