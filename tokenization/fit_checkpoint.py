@@ -1,12 +1,13 @@
 """Checkpoints of a tokenizer fit: `checkpoints/step_00001000/` with `state.safetensors` and `record.json`.
 
 A checkpoint is staged, synced and renamed, so it is there whole or not at all; the newest whose record verifies is the
-one a rerun goes on from, a damaged one is passed over with a warning, and with none whole the rerun is refused. No
-pickle: optimiser moments are tensors with names.
+one a rerun goes on from, a damaged one is passed over with a warning, and with none whole the rerun is refused; one
+that cannot be read just now may be whole, and ends the rerun. No pickle: optimiser moments are tensors with names.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -26,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 NUM_KEPT = 2
 FREE_FIELDS = {"run_dir", "checkpoint_every_n_steps"}
 """Fields of the config that may change between a run and its resumption."""
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EIO})
+"""What reading a damaged checkpoint fails with: a file is gone, or lies on a bad sector."""
 
 
 class _Record(Config):
@@ -90,6 +93,7 @@ def load_newest_checkpoint(
     Raises:
         ValueError: the checkpoint was made under another config or on other images, or all are damaged: starting anew
             must be somebody's decision.
+        OSError: one that may be whole cannot be read just now.
     """
     paths = sorted(directory.glob("step_*"), reverse=True)
     for path in paths:
@@ -116,7 +120,11 @@ def load_newest_checkpoint(
 
 
 def verify_checkpoints(directory: Path) -> tuple[list[int], list[str]]:
-    """Return the steps of the whole checkpoints of a run, and what is wrong with each of the others."""
+    """Return the steps of the whole checkpoints of a run, and what is wrong with each of the others.
+
+    Raises:
+        OSError: one that may be whole cannot be read just now.
+    """
     steps: list[int] = []
     problems: list[str] = []
     for path in sorted(directory.glob("step_*")):
@@ -147,8 +155,12 @@ def _read_whole(path: Path) -> tuple[_Record, bytes] | None:
     try:
         record = _Record.model_validate_json((path / "record.json").read_bytes())
         data = (path / "state.safetensors").read_bytes()
-    except (OSError, ValidationError):
+    except ValidationError:
         return None
+    except OSError as error:
+        if error.errno in _DAMAGE:
+            return None
+        raise
     return (record, data) if hashlib.sha256(data).hexdigest() == record.sha256 else None
 
 

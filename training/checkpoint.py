@@ -3,11 +3,13 @@
 Invariant: the ranks' files are hashed as they are written and fsynced, `record.json` (sizes, hashes, step, world size,
 spec) is written last, and on a file system one rename makes `step_00001000.partial` into `step_00001000`; on S3 the
 record itself is that moment. Finding one means listing and verifying, never trusting a pointer; a damaged one is
-skipped loudly. There are no pickles in it. Verifying costs one read of the files. Light: imports no torch.
+skipped loudly, one that cannot be read just now is not: it may be whole. There are no pickles in it. Verifying costs
+one read of the files. Light: imports no torch.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -19,10 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from pipeline.local_storage import LocalStorage, commit, sha256_of_file
-from pipeline.storage import ArtifactError, Storage, sha256_of
+from pipeline.local_storage import LocalStorage, commit, raise_outage, sha256_of_file
+from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 
@@ -35,6 +35,8 @@ RECORD = "record.json"
 RECORD_VERSION = 2
 CHECKPOINTS = "checkpoints"
 NUM_HASHING_THREADS = 8
+NOT_TO_BE_READ = (StorageUnavailableError, PermissionError)
+"""What reading a checkpoint fails with where it may be whole."""
 _NAME = re.compile(r"step_(\d{8,})")
 _PARTIAL = ".partial"
 
@@ -179,7 +181,7 @@ def read_record(storage: Storage, step: int) -> CheckpointRecord:
         record = CheckpointRecord.model_validate(values)
     except FileNotFoundError:
         raise ArtifactError(f"{doing}: {RECORD} is missing; use another checkpoint") from None
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:  # pydantic's included
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{doing}: {RECORD} is damaged ({reason}); use another checkpoint") from None
     if record.record_sha256 != record.digest():
@@ -195,10 +197,15 @@ def verify_checkpoint(storage: Storage, step: int, *, rank: int = 0, world_size:
         step: of the checkpoint.
         rank: of those who verify it together: each reads every `world_size`-th file.
         world_size: how many they are.
+
+    Raises:
+        StorageUnavailableError, PermissionError: it cannot be read just now; it may be whole.
     """
     name = checkpoint_name(step)
     try:
         record = read_record(storage, step)
+    except NOT_TO_BE_READ:
+        raise
     except (ArtifactError, OSError) as error:
         return [str(error)]
     with ThreadPoolExecutor(min(NUM_HASHING_THREADS, os.cpu_count() or 1)) as threads:
@@ -218,10 +225,9 @@ def _problem_of_file(storage: Storage, directory: str, file: FileRecord) -> str 
             return f"{told} is missing"
         if info.num_bytes != file.num_bytes:
             return f"{told} has {info.num_bytes} bytes, its record says {file.num_bytes}"
-        if isinstance(storage, LocalStorage):
-            digest = sha256_of_file(storage.root / name)
-        else:
-            digest = sha256_of(storage.map(name))
+        digest = _sha256_of(storage, name)
+    except NOT_TO_BE_READ:
+        raise
     except (ArtifactError, OSError) as error:
         return f"{told} cannot be read ({error})"
     if digest != file.sha256:
@@ -229,11 +235,23 @@ def _problem_of_file(storage: Storage, directory: str, file: FileRecord) -> str 
     return None
 
 
+def _sha256_of(storage: Storage, name: str) -> str:
+    if not isinstance(storage, LocalStorage):
+        return sha256_of(storage.map(name))
+    try:
+        return sha256_of_file(storage.root / name)
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad sector's too, which is damage
+            raise_outage(error, doing=f"read {storage.url_of(name)}")
+        raise
+
+
 def newest_whole_checkpoint(storage: Storage) -> CheckpointRecord | None:
     """Return the record of a run's newest checkpoint whose every file verifies; none where there never was one.
 
     Raises:
         ArtifactError: there are checkpoints and all are damaged; starting anew must be somebody's decision.
+        StorageUnavailableError, PermissionError: one that may be whole cannot be read just now.
     """
     steps = list_checkpoints(storage)
     problems: list[str] = []
@@ -252,11 +270,14 @@ def newest_record(storage: Storage) -> CheckpointRecord | None:
 
     Raises:
         ArtifactError: there are checkpoints, and no record can be read.
+        StorageUnavailableError, PermissionError: one that may be whole cannot be read just now.
     """
     problem: ArtifactError | None = None
     for step in reversed(list_checkpoints(storage)):
         try:
             return read_record(storage, step)
+        except StorageUnavailableError:
+            raise
         except ArtifactError as error:
             problem = error
     if problem is not None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.fingerprint import Fingerprint
 from training.checkpoint import (
+    NOT_TO_BE_READ,
     CheckpointRecord,
     SetRecord,
     all_damaged,
@@ -49,13 +50,13 @@ def find_checkpoint(
     Raises:
         ArtifactError: all checkpoints are damaged, or the newest whole one is of another tokenizer's codes or of other
             samples: its position in their order would mean nothing here.
+        StorageUnavailableError, PermissionError: one that may be whole cannot be read just now; raised on every rank.
     """
     storage = open_storage(config.run_dir, s3=config.s3)
     steps = _same_on_all(ranks, storage)
     problems: list[str] = []
     for step in reversed(steps):
-        found = ranks.gather(verify_checkpoint(storage, step, rank=ranks.rank, world_size=ranks.world_size))
-        problems = list(dict.fromkeys(problem for part in found for problem in part))
+        problems = _verify_together(ranks, storage, step)
         if not problems:
             record = read_record(storage, step)
             _check_tokenizer(storage, record, fingerprint=fingerprint)
@@ -110,6 +111,21 @@ def _same_on_all(ranks: Ranks, storage: Storage) -> list[int]:
     if isinstance(found, ArtifactError):
         raise found
     return found
+
+
+def _verify_together(ranks: Ranks, storage: Storage, step: int) -> list[str]:
+    """Return what is wrong with a checkpoint, as any of the ranks found it."""
+    found: list[str] | Exception
+    try:
+        found = verify_checkpoint(storage, step, rank=ranks.rank, world_size=ranks.world_size)
+    except NOT_TO_BE_READ as error:
+        found = error  # raised on every rank below, so that none waits for the others
+    problems: dict[str, None] = {}
+    for part in ranks.gather(found):
+        if isinstance(part, Exception):
+            raise part
+        problems |= dict.fromkeys(part)
+    return list(problems)
 
 
 def _check_shapes(model: dict[str, tuple[int, ...]], checkpoint: dict[str, tuple[int, ...]], *, doing: str) -> None:

@@ -1,17 +1,21 @@
 """Checkpoint directories: whole or not, found by verifying, damaged ones named and passed over."""
 
+import errno
+import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disk_calls import record_disk_calls
 from synthetic_checkpoints import FILES, flip_a_bit, prepare, record_of, remove, truncate, write_checkpoint
 
 from pipeline.local_storage import LocalStorage
-from pipeline.storage import ArtifactError, Storage
+from pipeline.storage import ArtifactError, Storage, StorageUnavailableError
 from training.checkpoint import (
     checkpoint_name,
     commit_checkpoint,
@@ -79,6 +83,61 @@ def test_all_damaged_is_an_error_and_never_a_start_from_zero(storage: Storage) -
         ArtifactError, match=r"got 2 damaged ones \(of the oldest: step_00000008/rank_00001.safetensors"
     ):
         newest_whole_checkpoint(storage)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "error"),
+    [
+        ("record.json", errno.ESTALE, StorageUnavailableError),
+        ("record.json", errno.EACCES, PermissionError),
+        ("rank_00001.safetensors", errno.ESTALE, StorageUnavailableError),
+        ("rank_00001.safetensors", errno.EACCES, PermissionError),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, name: str, number: int, error: type[Exception]
+) -> None:
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+    fail_on(monkeypatch, f"step_00000016/{name}", number)
+    with pytest.raises(error, match=os.strerror(number)):
+        newest_whole_checkpoint(storage)
+    monkeypatch.undo()
+    newest = newest_whole_checkpoint(storage)
+    assert newest is not None
+    assert newest.step == 16
+
+
+def test_a_record_that_cannot_be_read_just_now_is_not_passed_over(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+    fail_on(monkeypatch, "step_00000016/record.json", errno.ENOTCONN)
+    with pytest.raises(StorageUnavailableError, match=r"check the disk or the mount"):
+        newest_record(storage)
+
+
+def test_a_file_with_a_bad_sector_is_damage(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+    fail_on(monkeypatch, "step_00000016/rank_00001.safetensors", errno.EIO)
+    newest = newest_whole_checkpoint(storage)
+    assert newest is not None
+    assert newest.step == 8
+
+
+def fail_on(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Make the kernel answer opens of one file with an error, whether Python or C asks."""
+    for module, function in ((os, "open"), (io, "open")):
+        real_open = getattr(module, function)
+
+        def open_or_fail(path: Any, *args: Any, real_open: Any = real_open, **kwargs: Any) -> Any:
+            if str(path).endswith(name):
+                raise OSError(number, os.strerror(number), path)
+            return real_open(path, *args, **kwargs)
+
+        monkeypatch.setattr(module, function, open_or_fail)
 
 
 def test_the_newest_record_that_can_be_read_is_found(storage: Storage) -> None:

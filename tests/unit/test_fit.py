@@ -1,7 +1,10 @@
 """Fitting a tokenizer: it learns, it resumes to the same bytes, and its pieces equal brute force."""
 
+import errno
+import io
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,25 @@ def test_a_fit_whose_checkpoints_are_all_damaged_is_not_begun_anew(root: Path) -
         state.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"a checkpoint must be whole, got 2 damaged ones; put back .*or move .* away"):
         fit_tokenizer(config_in(root, "all-damaged"))
+
+
+def test_a_checkpoint_of_a_fit_that_cannot_be_read_just_now_is_not_passed_over(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / "whole" / "checkpoints", tmp_path / "checkpoints")
+    whole = json.loads((tmp_path / "checkpoints" / "step_00000050" / "record.json").read_text())
+    real_open = io.open
+
+    def open_or_fail(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path).endswith("step_00000075/state.safetensors"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", open_or_fail)
+    with pytest.raises(OSError, match="Stale file handle"):
+        load_newest_checkpoint(
+            tmp_path / "checkpoints", config=config_in(root, "whole"), images_sha256=whole["images_sha256"]
+        )
 
 
 @pytest.mark.parametrize("record", [b"{", b"[]", b"{}", b"\xff", b""])
