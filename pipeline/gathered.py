@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.ledger import LedgerRecord, parse_record, record_name, stem_of
-from pipeline.storage import ArtifactError, FileInfo, Storage, json_bytes
+from pipeline.ledger import LedgerRecord, NewerVersionError, parse_record, record_name, stem_of
+from pipeline.storage import ArtifactError, FileInfo, Storage, json_bytes, next_action
+from pipeline.tally import Tally
 
 RECORDS_PER_FILE = 1000
 NUM_READ_THREADS = 16
@@ -46,7 +47,11 @@ class Ledger:
         self._ungathered: list[_Line] = []
 
     def records(self) -> Iterator[tuple[str, LedgerRecord | ArtifactError]]:
-        """Yield the record of every unit, or what is wrong with it, by the unit's digits, once; in no fixed order."""
+        """Yield the record of every unit, or what is wrong with it, by the unit's digits, once; in no fixed order.
+
+        Raises:
+            ArtifactError: one cannot be read just now; it may be whole.
+        """
         unseen, self._committed = self._committed, {}
         for line in self._gathered():
             if unseen.get(line.stem) == FileInfo(num_bytes=len(line.record), mark=line.mark):
@@ -63,6 +68,21 @@ class Ledger:
                             yield stem, self._parsed(self._ungathered[-1])
                 if len(self._ungathered) >= RECORDS_PER_FILE:
                     self.gather()
+
+    def tally(self) -> Tally:
+        """Return the sum of the records that are whole, each unit once.
+
+        Raises:
+            ArtifactError: as `records`.
+            NewerVersionError: a newer tensorar wrote one.
+        """
+        tally = Tally()
+        for _, record in self.records():
+            if isinstance(record, NewerVersionError):
+                raise record
+            if isinstance(record, LedgerRecord) and record.unit_index not in tally:
+                tally.add(record)
+        return tally
 
     def forget(self, stem: str) -> None:
         """Remove the record of a unit that is about to be done again."""
@@ -102,10 +122,14 @@ class Ledger:
         return [(stem, self._read(stem)) for stem in stems]
 
     def _read(self, stem: str) -> bytes | ArtifactError:
+        doing = f"read {self._storage.url_of(record_name(stem))}"
         try:
             return self._storage.read_bytes(record_name(stem))
+        except FileNotFoundError:
+            return ArtifactError(f"{doing}: it is gone since it was listed; rerun the tokenize job")
         except OSError as error:
-            return ArtifactError(f"read {self._storage.url_of(record_name(stem))}: {error}; rerun the tokenize job")
+            action = next_action(error, otherwise="mend that and run the same command again")
+            raise ArtifactError(f"{doing}: it must be readable, got {error}; {action}") from error
 
     def _parsed(self, line: _Line) -> LedgerRecord | ArtifactError:
         try:

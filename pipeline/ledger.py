@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, ValidationError
 from pipeline.config import RulesConfig
 from pipeline.rejects import Counts
 from pipeline.shards import ShardInfo
-from pipeline.storage import ArtifactError, FileInfo, Storage
+from pipeline.storage import ArtifactError, FileInfo, Storage, next_action
 from tokenization.config import Config, TokenizerConfig, ViewsConfig
 from tokenization.fingerprint import Fingerprint
 
@@ -222,7 +222,8 @@ def _read(storage: Storage, name: str, model: type[_File]) -> _File:
         data = storage.read_bytes(name)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise ArtifactError(f"read {storage.url_of(name)}: {reason}; finish the tokenize job that writes it") from error
+        action = next_action(error, otherwise="finish the tokenize job that writes it")
+        raise ArtifactError(f"read {storage.url_of(name)}: {reason}; {action}") from error
     return _parse(storage, name, data, model)
 
 

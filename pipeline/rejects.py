@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
-from pipeline.storage import ArtifactError, Storage
+from pipeline.storage import ArtifactError, Storage, next_action
 from tokenization.config import Config
 
 RULE_STAGE = "rule"
@@ -80,9 +80,8 @@ def read_rejects(storage: Storage, name: str) -> list[Reject]:
         with storage.open(name) as file:
             return [Reject(**line) for line in pq.ParquetFile(file).read().to_pylist()]
     except (OSError, pa.ArrowException, ValidationError, TypeError) as error:
-        raise ArtifactError(
-            f"read {storage.url_of(name)}: must be a rejects table, got {error}; rerun the tokenize job"
-        ) from error
+        action = next_action(error, otherwise="rerun the tokenize job")
+        raise ArtifactError(f"read {storage.url_of(name)}: must be a rejects table, got {error}; {action}") from error
 
 
 def count(rejects: list[Reject], *, num_written: int) -> Counts:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pipeline.shards import ShardInfo, ShardReader, action_of_open, index_of
+from pipeline.shards import REWRITE, ShardInfo, ShardReader, action_of_open, index_of
 from pipeline.storage import ArtifactError, Storage
 
 GB = 10**9
@@ -303,18 +303,18 @@ def _download(storage: Storage, name: str, *, info: ShardInfo, descriptor: int) 
         if num_bytes + len(piece) <= info.bytes:
             _write_all(descriptor, piece, at=num_bytes)
         num_bytes += len(piece)
-    where, redo = f"download {storage.url_of(name)}", "remove it and rerun the tokenize job to rewrite it"
+    where = f"download {storage.url_of(name)}"
     if num_bytes != info.bytes:
-        raise ArtifactError(f"{where}: it must have the manifest's {info.bytes} bytes, got {num_bytes}; {redo}")
+        raise ArtifactError(f"{where}: it must have the manifest's {info.bytes} bytes, got {num_bytes}; {REWRITE}")
     if digest.hexdigest() != info.sha256:
         raise ArtifactError(
-            f"{where}: sha256 must be the manifest's {info.sha256[:8]}.., got {digest.hexdigest()[:8]}..; {redo}"
+            f"{where}: sha256 must be the manifest's {info.sha256[:8]}.., got {digest.hexdigest()[:8]}..; {REWRITE}"
         )
     index = index_of(memoryview(mmap.mmap(descriptor, info.bytes, access=mmap.ACCESS_READ)))
     if len(index) != 8 * (info.num_samples + 1):
         num_samples = len(index) // 8 - 1
         raise ArtifactError(
-            f"{where}: it must hold the manifest's {info.num_samples} samples, got {num_samples}; {redo}"
+            f"{where}: it must hold the manifest's {info.num_samples} samples, got {num_samples}; {REWRITE}"
         )
     _write_all(descriptor, index, at=info.bytes)
 

@@ -20,7 +20,7 @@ from pipeline.philox import Int64Array
 from pipeline.sample_blocks import Decoded, SampleBlocks
 from pipeline.sample_labels import NO_LABEL
 from pipeline.shard_cache import ShardCache
-from pipeline.shards import ShardInfo, ShardReader, open_shard
+from pipeline.shards import REWRITE, ShardInfo, ShardReader, open_shard
 from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage
 from pipeline.ustar import TAR_BLOCK_BYTES
 from tokenization.fingerprint import Fingerprint
@@ -250,9 +250,7 @@ class ShardSet:
             return self._cache.open(self._storage, name, info=info)  # which holds its sha256 against the manifest
         reader = open_shard(self._storage, name)
         if (problem := _problem(reader, info=info)) is not None:
-            raise ArtifactError(
-                f"open shard {reader.where}: {problem}; remove it and rerun the tokenize job to rewrite it"
-            )
+            raise ArtifactError(f"open shard {reader.where}: {problem}; {REWRITE}")
         return reader
 
 

@@ -39,6 +39,8 @@ JSON_EXTENSION = "json"
 INDEX_EXTENSION = ".idx"
 MAX_KEY_DIGITS = MAX_NAME_BYTES - len("." + CODES_EXTENSION)
 """What USTAR's name field has room for."""
+REWRITE = "remove it and rerun the tokenize job to rewrite it"
+"""What to do about a shard, or a file that speaks of it, that is damaged."""
 _FLUSH_BYTES = 1 << 20
 _SIZE = re.compile(rb"[0-7]{11}")
 
@@ -226,7 +228,7 @@ class ShardReader:
             or (self._offsets % TAR_BLOCK_BYTES).any()
             or self._offsets[-1] > len(self._data)
         ):
-            raise ArtifactError(f"open shard {where}: its index must fit a tar of {len(self._data)} bytes; {_REDO}")
+            raise ArtifactError(f"open shard {where}: its index must fit a tar of {len(self._data)} bytes; {REWRITE}")
 
     @property
     def num_samples(self) -> int:
@@ -281,7 +283,7 @@ class ShardReader:
         if self._data[end:] != end_of_tar(end):
             got = f"{len(self._data) - end} {'other bytes' if any(self._data[end:]) else 'of them'}"
             wanted = f"{len(end_of_tar(end))} zero bytes must follow its last sample at byte {end}"
-            problems.append(f"read shard {self.where}: {wanted}, got {got}; {_REDO}")
+            problems.append(f"read shard {self.where}: {wanted}, got {got}; {REWRITE}")
         return problems
 
     def read_codes(self, positions: npt.NDArray[np.int64]) -> Codes:
@@ -325,7 +327,7 @@ class ShardReader:
 
     def _damaged(self, position: int, problem: object) -> ArtifactError:
         return ArtifactError(
-            f"read shard {self.where}: sample {position} must be codes and JSON of one key, got {problem}; {_REDO}"
+            f"read shard {self.where}: sample {position} must be codes and JSON of one key, got {problem}; {REWRITE}"
         )
 
 
@@ -359,7 +361,7 @@ def open_shard(storage: Storage, name: str) -> ShardReader:
 def action_of_open(error: OSError) -> str:
     """Return what to do about a shard that could not be opened: only one that is missing is to be written again."""
     if isinstance(error, FileNotFoundError):
-        return _REDO
+        return REWRITE
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return "raise ulimit -n or lower data.shuffle_window_shards"
     return next_action(error, otherwise="check the disk and run the same command again")
@@ -394,6 +396,3 @@ def _codes_name(key: str) -> str:
 
 def _metadata_name(key: str) -> str:
     return f"{key}.{JSON_EXTENSION}"
-
-
-_REDO = "remove it and rerun the tokenize job to rewrite it"

@@ -6,7 +6,6 @@ on it, and the counts that `read_status` returns come from the ledger.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import logging
@@ -18,12 +17,11 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from pipeline.gathered import Ledger
-from pipeline.ledger import MANIFEST_NAME, LedgerRecord, NewerVersionError, PoisonRecord, read_poison, stem_of
+from pipeline.ledger import MANIFEST_NAME, PoisonRecord, read_poison, stem_of
 from pipeline.pool import PoolState
 from pipeline.rejects import Counts
 from pipeline.resume import PLAN_NAME
 from pipeline.storage import ArtifactError, Storage, StorageUnavailableError
-from pipeline.tally import Tally
 from tokenization.config import Config
 
 logger = logging.getLogger(__name__)
@@ -79,11 +77,10 @@ class StatusFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception):
-            self._write("ended")
-            return
-        with contextlib.suppress(ArtifactError, OSError):  # what went wrong is told, not that it cannot be noted too
-            self._write("failed")
+        try:
+            self._write("failed" if isinstance(error, Exception) else "ended")
+        except (ArtifactError, OSError) as trouble:  # news only: what ended the job, or Ctrl-C, goes on its way
+            logger.warning("%s", trouble)
 
     def _write(self, state: Literal["running", "ended", "failed"]) -> None:
         pool, samples_per_s, eta_s = self._last
@@ -133,16 +130,11 @@ def read_status(storage: Storage) -> JobStatus:
     """
     try:
         num_units = int(json.loads(storage.read_bytes(PLAN_NAME))["num_units"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"status of {storage}: it must hold the plan.json of a tokenize job, got {error}; check the path"
         ) from error
-    tally = Tally()
-    for _, record in Ledger(storage).records():
-        if isinstance(record, NewerVersionError):
-            raise record
-        if isinstance(record, LedgerRecord):
-            tally.add(record)
+    tally = Ledger(storage).tally()
     return JobStatus(
         num_units=num_units + len(storage.list("retries/")),
         num_units_done=tally.num_units,

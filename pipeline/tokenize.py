@@ -150,21 +150,14 @@ class _Job:
                     f"{len(plan.units)} units; run its job first"
                 )
             # Not so where the retry itself has ended the job: then the rejects that it left are tried again.
-            is_done = _totals_problem(storage, self._totals(), limit=self._config.max_rejected_fraction) is None
+            totals = Ledger(storage).tally().totals()
+            is_done = _totals_problem(storage, totals, limit=self._config.max_rejected_fraction) is None
             if is_done and any(isinstance(unit.details, RetryDetails) for unit in plan.units):
                 logger.info("tokenize %s: a retry before has done its units, and lacks the manifest", storage)
                 return []
         planned = plan_retries(storage, plan, max_image_pixels=self._config.max_image_pixels)
         logger.info("tokenize %s: rejects_to_retry=%d", storage, sum(len(one.keys) for one in planned))
         return planned
-
-    def _totals(self) -> Counts:
-        """Return where all samples went, by the records alone."""
-        tally = Tally()
-        for _, record in Ledger(self._storage).records():
-            if isinstance(record, LedgerRecord) and record.unit_index not in tally:
-                tally.add(record)
-        return tally.totals()
 
     def _work(self, plan: Plan, *, tokenizer: Tokenizer, ledger: Ledger, found: Found) -> list[Poison]:
         """Commit every unit that the tally lacks, add it, and return those that were set aside instead."""

@@ -29,13 +29,12 @@ from pipeline.ledger import (
 )
 from pipeline.npy_codes import codes_dtype
 from pipeline.rejects import count, read_rejects
-from pipeline.shards import ShardReader
+from pipeline.shards import REWRITE, ShardReader, action_of_open
 from pipeline.sidecars import sidecar_problems
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
 from pipeline.tally import Tally
 
 NUM_THREADS = 8
-_REDO = "remove it and rerun the tokenize job to rewrite it"
 
 
 def verify_shard_set(storage: Storage) -> list[str]:
@@ -98,7 +97,7 @@ def _gaps(
     """Yield a line for the first number that neither a record nor poison has, or that a record has wrong."""
     for stem, record in records.items():
         if stem != f"{record.unit_index:0{len(stem)}d}":
-            yield f"{storage.url_of(record_name(stem))}: unit_index must be {stem}, got {record.unit_index}; {_REDO}"
+            yield f"{storage.url_of(record_name(stem))}: unit_index must be {stem}, got {record.unit_index}; {REWRITE}"
         if stem in poison:
             yield f"{storage.url_of(poison_name(stem))}: unit {stem} has a ledger record too; rerun the tokenize job"
     numbers = sorted({int(stem) for stem in [*records, *poison, *damaged] if stem.isdigit()})
@@ -119,14 +118,15 @@ def _unit_problems(
     where = f"shard {storage.url_of(shard_name(stem))}"
     problem = files_problem(record, stem=stem, files=files)
     if problem is not None:
-        yield f"{where}: {problem}; {_REDO}"
+        yield f"{where}: {problem}; {REWRITE}"
     num_in_shard = 0 if record.shard is None else record.shard.num_samples
     if num_in_shard != record.counts.num_written:
-        yield f"{where}: its record must count {num_in_shard} written samples, got {record.counts.num_written}; {_REDO}"
+        num_written = record.counts.num_written
+        yield f"{where}: its record must count {num_in_shard} written samples, got {num_written}; {REWRITE}"
     if manifest is not None and record.fingerprint_digest != manifest.fingerprint.digest:
         yield (
             f"ledger record {stem}: fingerprint must be the manifest's {manifest.fingerprint.digest}, got "
-            f"{record.fingerprint_digest}; {_REDO}"
+            f"{record.fingerprint_digest}; {REWRITE}"
         )
     if rejects_name(stem) in files:
         yield from _reject_problems(storage, stem, record, num_in_shard=num_in_shard)
@@ -143,7 +143,7 @@ def _reject_problems(storage: Storage, stem: str, record: LedgerRecord, *, num_i
     if counts != record.counts:
         yield (
             f"{storage.url_of(rejects_name(stem))}: its rejects must add up to the record's counts, got "
-            f"{counts.num_read} samples read; {_REDO}"
+            f"{counts.num_read} samples read; {REWRITE}"
         )
 
 
@@ -154,12 +154,12 @@ def _shard_problems(storage: Storage, stem: str, record: LedgerRecord, *, manife
     try:
         data, index = storage.map(shard_name(stem)), storage.read_bytes(index_name(stem))
     except OSError as error:
-        yield f"{where}: must be readable, got {error}; {_REDO}"
+        yield f"{where}: must be readable, got {error}; {action_of_open(error)}"
         return
     sha256 = sha256_of(data)
     if sha256 != record.shard.sha256:
         want = record.shard.sha256[:8]
-        yield f"{where}: sha256 differs from its ledger record (want {want}.., got {sha256[:8]}..); {_REDO}"
+        yield f"{where}: sha256 differs from its ledger record (want {want}.., got {sha256[:8]}..); {REWRITE}"
     try:
         reader = ShardReader(data, index=index, where=storage.url_of(shard_name(stem)))
     except ArtifactError as error:
@@ -183,11 +183,12 @@ def _sample_problems(reader: ShardReader, *, stem: str, manifest: Manifest) -> I
             yield str(error)
             return
         if not sample.key.startswith(stem) or sample.key <= last_key:
-            yield f"shard {reader.where}: keys must begin {stem} and ascend, got {sample.key} after {last_key}; {_REDO}"
+            rule = f"keys must begin {stem} and ascend, got {sample.key} after {last_key}"
+            yield f"shard {reader.where}: {rule}; {REWRITE}"
             return
         codes_VT, last_key = sample.codes_VT, sample.key
         if codes_VT.shape != shape or codes_VT.dtype != dtype or codes_VT.max() >= codebook_size:
-            yield f"shard {reader.where}: codes of {sample.key} must be {dtype} {shape} in the codebook; {_REDO}"
+            yield f"shard {reader.where}: codes of {sample.key} must be {dtype} {shape} in the codebook; {REWRITE}"
             return
 
 

@@ -1,8 +1,10 @@
 """Gathered records: a copy that counts only while the ledger's listing agrees; without it all is read one by one."""
 
+import errno
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +93,29 @@ def test_a_damaged_record_is_handed_over_as_its_problem(storage: Storage, tmp_pa
     problem = read(storage)["00001"]
     assert isinstance(problem, ArtifactError)
     assert "ledger/00001.json" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("number", "action"),
+    [
+        (errno.EACCES, "give the user of the job permission to read it"),
+        (errno.EMFILE, "mend that and run the same command again"),
+    ],
+)
+def test_a_record_that_cannot_be_read_just_now_is_not_taken_for_damaged(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, action: str
+) -> None:
+    (tmp_path / "ledger" / "gathered-000000.parquet").unlink()
+    real_open = os.open
+
+    def open_or_fail(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("ledger/00001.json"):
+            raise OSError(number, os.strerror(number), path)
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_or_fail)
+    with pytest.raises(ArtifactError, match=rf"ledger/00001\.json: it must be readable, got .*; {action}"):
+        read(storage)
 
 
 def test_a_retried_reject_counts_once_where_it_ended() -> None:
