@@ -17,6 +17,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 
 from jobs.grid import Study, load_job
 from jobs.run import EXIT_STOPPED, RunStoppedError, run_spec
@@ -147,7 +148,7 @@ def run(*, spec_path: Path, overrides: tuple[str, ...], selections: tuple[str, .
     if spec.kind == "tokenize":
         from pipeline.progress import summary_table  # noqa: PLC0415  (imports numpy)
 
-        Console().print(summary_table(result))
+        _show(summary_table(result))
     click.echo(_outcome(spec, result, command=_command(spec_path, overrides)))
 
 
@@ -168,7 +169,7 @@ def plan(*, spec_path: Path, overrides: tuple[str, ...], selections: tuple[str, 
         spec.engine.grad_accumulation(world_size)
     except ValueError as error:
         raise SpecError([f"{spec_path}: {error}"]) from error
-    Console().print(plan_table(spec, world_size=world_size))
+    _show(plan_table(spec, world_size=world_size))
     click.echo(plan_summary(spec, world_size=world_size))
 
 
@@ -216,7 +217,7 @@ def retry_rejects(*, spec_path: Path, overrides: tuple[str, ...]) -> None:
     from pipeline.progress import summary_table  # noqa: PLC0415
     from pipeline.tokenize import retry_rejects  # noqa: PLC0415
 
-    Console().print(summary_table(retry_rejects(spec)))
+    _show(summary_table(retry_rejects(spec)))
 
 
 @main.command()
@@ -232,18 +233,18 @@ def status(*, directory: str, endpoint_url: str | None) -> None:
     if storage.find(STUDY_NAME) is not None:
         from jobs.study_table import runs_table  # noqa: PLC0415
 
-        Console().print(runs_table(read_study(directory, s3=s3)))
+        _show(runs_table(read_study(directory, s3=s3)))
         return
     from pipeline.resume import PLAN_NAME  # noqa: PLC0415
 
     if storage.find(PLAN_NAME) is None:
         from jobs.run_status import run_table  # noqa: PLC0415
 
-        Console().print(run_table(storage))
+        _show(run_table(storage))
         return
     from pipeline.status import read_status, status_table  # noqa: PLC0415
 
-    Console().print(status_table(read_status(storage), title=str(storage)))
+    _show(status_table(read_status(storage), title=str(storage)))
 
 
 @main.command()
@@ -307,6 +308,11 @@ def report(*, run_root: Path, data_root: Path) -> None:
     click.echo(f"report: {write_report(run_root, data_root=data_root)}")
 
 
+def _show(table: Table) -> None:
+    """Print a table; names and errors in it may have brackets and colons, which are no markup."""
+    Console(markup=False, emoji=False).print(table)
+
+
 def _command(spec_path: Path | str, overrides: Sequence[str]) -> str:
     """The command line that runs a spec."""
     return shlex.join(["tensorar", "run", str(spec_path), *(word for value in overrides for word in ("--set", value))])
@@ -318,7 +324,7 @@ def _run_study(study: Study, *, selections: Sequence[str], fail_fast: bool) -> N
     from jobs.study_report import REPORT_NAME  # noqa: PLC0415
     from jobs.study_table import runs_table  # noqa: PLC0415
 
-    Console().print(runs_table(run_study(study, selections=selections, fail_fast=fail_fast)))
+    _show(runs_table(run_study(study, selections=selections, fail_fast=fail_fast)))
     click.echo(f"table:  {study.run_dir}/{TABLE_NAME}\nreport: {study.run_dir}/{REPORT_NAME}")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from jobs.open_emoji import build_open_emoji
 from jobs.report import write_report
@@ -73,7 +74,9 @@ def run_demo(*, run_root: Path, data_root: Path, overrides: Sequence[str] = ()) 
     specs = _specs(run_root, data_root, overrides)
     _check_ops(specs)
     corpus = data_root / "open-emoji"
-    progress = _Progress(console=Console(highlight=False), run_root=run_root, begin_s=time.monotonic())
+    progress = _Progress(
+        console=Console(highlight=False, markup=False, emoji=False), run_root=run_root, begin_s=time.monotonic()
+    )
     with exclusive(run_root):
         with progress.stage("corpus", "fetch and render the corpus", is_new=not corpus.exists()):
             build_open_emoji(corpus, download_dir=data_root / "downloads")
@@ -108,7 +111,7 @@ class _Progress:
     @contextmanager
     def stage(self, name: str, title: str, *, is_new: bool) -> Iterator[None]:
         names = ["corpus", *(stage.name for stage in STAGES), "report"]
-        self.console.rule(f"[bold]{names.index(name) + 1}/{len(names)} {title}", align="left")
+        self._head(f"{names.index(name) + 1}/{len(names)} {title}")
         stage_begin_s, is_finished = time.monotonic(), False
         try:
             yield
@@ -116,7 +119,15 @@ class _Progress:
         finally:
             seconds_s = time.monotonic() - stage_begin_s
             add_time(self.run_root, stage=name, seconds_s=seconds_s, is_finished=is_finished, is_new=is_new)
-        self.console.print(f"[green]done[/green] in {seconds_s:.1f} s; {self.elapsed_s:.0f} s since the start")
+        times = f" in {seconds_s:.1f} s; {self.elapsed_s:.0f} s since the start"
+        self.console.print(Text.assemble(("done", "green"), times))
+
+    def end(self) -> None:
+        """Say how long all of it took."""
+        self._head(f"the demo took {self.elapsed_s:.0f} s")
+
+    def _head(self, title: str) -> None:
+        self.console.rule(Text(title, style="bold"), align="left")
 
 
 def _check_ops(specs: dict[str, Spec]) -> None:
@@ -182,7 +193,7 @@ def _wrong_names(overrides: Sequence[str]) -> list[str]:
 
 def _farewell(progress: _Progress, report: Path) -> None:
     console, run_root = progress.console, progress.run_root
-    console.rule(f"[bold]the demo took {progress.elapsed_s:.0f} s", align="left")
+    progress.end()
     # `make demo` calls the command by its path; what is printed must work in the same shell.
     command = "tensorar" if shutil.which("tensorar") else sys.argv[0]
     sample = f"{command} run {from_here(shipped_spec('sample_tensorar'))}"

@@ -18,6 +18,7 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs.open_emoji import EMOJIBASE, STYLES
 
@@ -49,39 +50,42 @@ def run_doctor(*, data_root: Path = Path("data")) -> bool:
     table = Table(title="tensorar doctor", title_justify="left")
     for heading in ("check", "status", "found", "next"):
         table.add_column(heading, overflow="fold")
-    checks = [_guarded(check) for check in _checks(data_root)]
+    checks = [_guarded(name, check) for name, check in _checks(data_root).items()]
     for check in checks:
-        colour = COLOURS[check.status]
-        table.add_row(check.name, f"[{colour}]{check.status}[/{colour}]", check.found, check.action)
-    console = Console()
-    Console(width=None if console.is_terminal else REDIRECTED_WIDTH).print(table)
+        table.add_row(check.name, Text(check.status, style=COLOURS[check.status]), check.found, check.action)
+    width = None if Console().is_terminal else REDIRECTED_WIDTH
+    Console(width=width, markup=False, emoji=False).print(table)
     return all(check.status != "fail" for check in checks)
 
 
-def _checks(data_root: Path) -> list[Callable[[], Check]]:
-    return [
-        check_python,
-        check_torch,
-        check_cuda,
-        lambda: check_package("ray"),
-        lambda: check_package("deepspeed"),
-        check_native_pixels,
-        check_native_ops,
-        check_nvcc,
-        check_cores,
-        lambda: check_size("memory", _memory_bytes(), MIN_MEMORY_BYTES, action="use a machine with more memory"),
-        lambda: check_size("free disk", shutil.disk_usage(".").free, MIN_FREE_DISK_BYTES, action="free some space"),
-        check_shared_memory,
-        check_tokenizer,
-        lambda: check_corpus(data_root),
-    ]
+def _checks(data_root: Path) -> dict[str, Callable[[], Check]]:
+    """All checks by what the table calls one that fails itself."""
+    return {
+        "python": check_python,
+        "torch": check_torch,
+        "cuda devices": check_cuda,
+        "ray": lambda: check_package("ray"),
+        "deepspeed": lambda: check_package("deepspeed"),
+        "native pixels": check_native_pixels,
+        "native ops": check_native_ops,
+        "nvcc": check_nvcc,
+        "cpu cores": check_cores,
+        "memory": lambda: check_size(
+            "memory", _memory_bytes(), MIN_MEMORY_BYTES, action="use a machine with more memory"
+        ),
+        "free disk": lambda: check_size(
+            "free disk", shutil.disk_usage(".").free, MIN_FREE_DISK_BYTES, action="free some space"
+        ),
+        "shared memory": check_shared_memory,
+        "tokenizer": check_tokenizer,
+        "demo corpus": lambda: check_corpus(data_root),
+    }
 
 
-def _guarded(check: Callable[[], Check]) -> Check:
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:  # a process boundary: the table is where errors are told
-        name = getattr(check, "__name__", "check").removeprefix("check_").replace("_", " ")
         return Check(name, "fail", f"{type(error).__name__}: {error}", "install the project anew: make venv")
 
 

@@ -13,7 +13,7 @@ from synthetic_shards import train_config, write_shard_set
 from jobs.cli import _command, _outcome, _told, main
 from jobs.run import remember_spec, run_spec
 from jobs.spec import load_spec, shipped_spec
-from pipeline.ledger import read_manifest
+from pipeline.ledger import PoisonRecord, read_manifest, write_poison
 from pipeline.local_storage import exclusive, write_json
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import commit_checkpoint, set_record
@@ -395,6 +395,16 @@ def test_status_of_a_sample_run_says_that_it_is_done(tmp_path: Path) -> None:
     result = call("status", str(tmp_path / "run"))
     expected = {"kind": "sample", "state": "done", "num_backbone_calls": "64", "images_per_s": "12.50"}
     assert (result.exit_code, told_rows(result)) == (0, expected)
+
+
+@pytest.mark.parametrize("name", ["photos[raw].tar", "[/data] photos.tar", "a:gem:b.tar"])
+def test_a_name_with_brackets_or_colons_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write_bytes("plan.json", b'{"num_units": 1}')
+    write_poison(storage, "00000", PoisonRecord(unit_index=0, unit=name, problems=["damaged"]))
+    result = call("status", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert name in result.stdout
 
 
 def test_status_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
