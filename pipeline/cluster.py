@@ -76,10 +76,10 @@ def _join(address: str, *, log_to_driver: bool) -> None:
     host, colon, port = address.rpartition(":")
     try:
         if colon and port.isdigit():
-            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=log_to_driver)
-    except OSError as error:  # Ray's ConnectionError included
-        reason = " ".join(str(error.strerror or error).split()).rstrip(".").lower()
+    except (OSError, UnicodeError) as error:  # Ray's ConnectionError included; and what is no host's name
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".").lower()
         raise ConnectionError(
             f"join ray cluster: a cluster must answer at {address!r}, got {reason}; {advice}"
         ) from error
