@@ -20,7 +20,7 @@ from pipeline.local_storage import exclusive, local_path
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import FitTokenizerConfig
 from training.checkpoint import list_checkpoints, newest_record, set_record
-from training.config import SampleConfig, TrainConfig
+from training.config import SAMPLE_FREE_FIELDS, SampleConfig, TrainConfig
 from training.evaluation.config import FREE_FIELDS as EVALUATE_FREE_FIELDS
 from training.evaluation.config import EvaluateConfig
 
@@ -64,7 +64,7 @@ FREE_FIELDS: dict[str, tuple[str, ...]] = {
         "validation",
         "wandb_project",
     ),
-    "sample": ("batch_size", "device", "ops", "s3"),
+    "sample": SAMPLE_FREE_FIELDS,
     "evaluate": EVALUATE_FREE_FIELDS,
 }
 """Fields (with all below them) that a rerun in the same directory may change, by kind.
@@ -156,7 +156,7 @@ def remember_spec(spec: Spec) -> None:
 def _remembered(storage: Storage, spec: Spec) -> dict[str, Any] | None:
     """The spec that a directory holds a run of, as this version reads it; a training run's checkpoints have it too."""
     if storage.find(SPEC_NAME) is not None:
-        return _with_new_fields(_read(storage), spec)
+        return _with_new_fields(stored_spec(storage), spec)
     if isinstance(spec, TrainConfig):
         with contextlib.suppress(ArtifactError):  # of damaged checkpoints, which the ranks tell
             record = newest_record(storage)
@@ -172,7 +172,7 @@ def difference_from(storage: Storage, spec: Spec) -> str | None:
     """
     if storage.find(SPEC_NAME) is None:
         return None
-    differing = _binding_differences(storage, _with_new_fields(_read(storage), spec), spec)
+    differing = _binding_differences(storage, _with_new_fields(stored_spec(storage), spec), spec)
     return _told(differing) if differing else None
 
 
@@ -197,12 +197,18 @@ def _has_moved(storage: Storage, name: str, spec: Spec) -> bool:
 def kind_of(storage: Storage) -> str | None:
     """The kind of the spec that a directory was run with; None where nothing there tells."""
     with contextlib.suppress(ArtifactError, FileNotFoundError):
-        kind = _read(storage).get("kind")
+        kind = stored_spec(storage).get("kind")
         return kind if isinstance(kind, str) else None
     return None
 
 
-def _read(storage: Storage) -> dict[str, Any]:
+def stored_spec(storage: Storage) -> dict[str, Any]:
+    """The data of the spec that a directory was run with.
+
+    Raises:
+        FileNotFoundError: it holds none.
+        ArtifactError: its spec.json is damaged.
+    """
     with contextlib.suppress(ValueError):
         value = json.loads(storage.read_bytes(SPEC_NAME))
         if isinstance(value, dict):

@@ -6,13 +6,12 @@ tells more.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.table import Table
 
 from jobs.results import Found, Measure, find_run, read_lines
-from jobs.run import SPEC_NAME
+from jobs.run import SPEC_NAME, stored_spec
 from jobs.spec import KINDS
 from jobs.study_table import numbers
 from pipeline.storage import ArtifactError, Storage
@@ -46,17 +45,16 @@ def run_table(storage: Storage) -> Table:
 
 def _read_spec(storage: Storage) -> dict[str, Any]:
     try:
-        spec: dict[str, Any] = json.loads(storage.read_bytes(SPEC_NAME))
-        if spec["kind"] not in KINDS:
-            raise ValueError(f"kind {spec['kind']!r}")
+        spec = stored_spec(storage)
     except FileNotFoundError as error:
         raise ArtifactError(
             f"status of {storage}: it must be the run_dir of a job or a study, got no {SPEC_NAME}; check the path"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ArtifactError(
-            f"status of {storage}: {SPEC_NAME} must hold the spec of a run, got {error}; run its spec again"
-        ) from error
+            f"status of {storage}: {SPEC_NAME} must hold the spec of a run, got kind {kind!r}; run its spec again"
+        )
     return spec
 
 

@@ -8,7 +8,6 @@ ended, with what error, and the seconds of all attempts together. Light: imports
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, ValidationError
 
 from jobs.results import Found, Measure, find_run
-from jobs.run import SPEC_NAME
+from jobs.run import stored_spec
 from pipeline.config import S3Config
 from pipeline.storage import ArtifactError, Storage, open_storage
 from tokenization.config import Config
@@ -154,7 +153,7 @@ def read_study(url: str, *, s3: S3Config) -> StudyResult:
     """A study as it is now: its runs by `study.json`, what they have come to by their own files; changes nothing.
 
     Raises:
-        ArtifactError: the directory holds no study, or a run's files are damaged.
+        ArtifactError: the directory holds no study.
     """
     storage = open_storage(url, s3=s3)
     try:
@@ -169,9 +168,12 @@ def read_study(url: str, *, s3: S3Config) -> StudyResult:
 
 def _now(run: RunResult, *, kind: str, url: str, s3: S3Config, study: Storage) -> RunResult:
     storage = open_storage(f"{url.rstrip('/')}/{run.name}", s3=s3)
-    found = Found()
-    if storage.find(SPEC_NAME) is not None:
-        found = find_run(storage, kind=kind, spec=json.loads(storage.read_bytes(SPEC_NAME)))
+    try:
+        found = find_run(storage, kind=kind, spec=stored_spec(storage))
+    except FileNotFoundError:
+        found = Found()
+    except ArtifactError as error:
+        found = Found(problem=str(error))
     return result_of_run(storage, claim_of(study, run.name, s3=s3), name=run.name, cases=run.cases, found=found)
 
 

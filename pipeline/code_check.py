@@ -24,6 +24,7 @@ from pipeline.sources.plan import WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
 from pipeline.storage import ArtifactError, Storage
+from tokenization.config import reason_of
 from tokenization.tokenizer import Tokenizer
 
 SPEC_NAME = "spec.json"
@@ -105,5 +106,6 @@ def _read_config(storage: Storage) -> TokenizeConfig:
         return TokenizeConfig.model_validate_json(storage.read_bytes(SPEC_NAME))
     except (OSError, ValidationError) as error:
         raise ArtifactError(
-            f"check codes of {storage}: spec.json must hold the tokenize spec, got {error}; run the job's spec again"
+            f"check codes of {storage}: spec.json must hold the tokenize spec, got {reason_of(error)}; run the job's "
+            "spec again"
         ) from error

@@ -24,7 +24,7 @@ from pipeline.config import S3Config
 from pipeline.ledger import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.shards import ShardReader, ShardSample, open_shard
 from pipeline.storage import ArtifactError, Storage, open_storage
-from tokenization.config import Config, ViewsConfig
+from tokenization.config import Config, ViewsConfig, reason_of
 
 RECORD_NAME = "export.json"
 NUM_WRITERS = 8
@@ -166,8 +166,8 @@ def _begin(storage: Storage, manifest: Manifest, *, target: Storage) -> ExportRe
     try:
         record = ExportRecord.model_validate_json(target.read_bytes(RECORD_NAME))
     except ValidationError as error:
-        first = error.errors()[0]["msg"].lower()
-        raise ArtifactError(f"{where}: {rule}, got a damaged one ({first}); remove the folder and rerun") from error
+        got = f"a damaged one ({reason_of(error)})"
+        raise ArtifactError(f"{where}: {rule}, got {got}; remove the folder and rerun") from error
     if record.model_copy(update={"num_shards_done": 0}) != new:
         raise ArtifactError(
             f"{where}: {rule}, got manifest {record.manifest_sha256[:8]}.. of tokenizer {record.fingerprint_digest}, "

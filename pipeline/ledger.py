@@ -18,7 +18,7 @@ from pipeline.config import RulesConfig
 from pipeline.rejects import Counts
 from pipeline.shards import ShardInfo
 from pipeline.storage import ArtifactError, FileInfo, Storage, next_action
-from tokenization.config import Config, TokenizerConfig, ViewsConfig
+from tokenization.config import Config, TokenizerConfig, ViewsConfig, reason_of
 from tokenization.fingerprint import Fingerprint
 
 MANIFEST_NAME = "manifest.json"
@@ -241,9 +241,7 @@ def _error_of(doing: str, data: bytes, error: ValidationError) -> ArtifactError:
         value = json.loads(data)
         if isinstance(value, dict) and isinstance(version := value.get("version"), int) and version > 1:
             return NewerVersionError(f"{doing}: version must be 1, got {version}; {update}")
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "file"
-    problem = f"{doing}: {where}: {first['msg'].lower()}"
+    problem = f"{doing}: {reason_of(error)}"
     if all(each["type"] == "extra_forbidden" for each in error.errors()):
         return NewerVersionError(f"{problem}; {update}")
     return ArtifactError(f"{problem}; remove it and rerun the tokenize job")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
 from pipeline.storage import ArtifactError, Storage, next_action
-from tokenization.config import Config
+from tokenization.config import Config, reason_of
 
 RULE_STAGE = "rule"
 """The stage of samples that were dropped on purpose; every other stage means rejected."""
@@ -80,8 +80,8 @@ def read_rejects(storage: Storage, name: str) -> list[Reject]:
         with storage.open(name) as file:
             return [Reject(**line) for line in pq.ParquetFile(file).read().to_pylist()]
     except (OSError, pa.ArrowException, ValidationError, TypeError) as error:
-        action = next_action(error, otherwise="rerun the tokenize job")
-        raise ArtifactError(f"read {storage.url_of(name)}: must be a rejects table, got {error}; {action}") from error
+        doing, action = f"read {storage.url_of(name)}", next_action(error, otherwise="rerun the tokenize job")
+        raise ArtifactError(f"{doing}: must be a rejects table, got {reason_of(error)}; {action}") from error
 
 
 def count(rejects: list[Reject], *, num_written: int) -> Counts:

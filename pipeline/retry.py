@@ -26,10 +26,10 @@ from pipeline.sources.fields import printable
 from pipeline.sources.image_folder import FolderFiles
 from pipeline.sources.parquet import RowGroups
 from pipeline.sources.plan import KeyFormat, Plan, Source, WorkUnit
-from pipeline.sources.sample import InputSample, Problem
-from pipeline.storage import ArtifactError, Storage
+from pipeline.sources.sample import READ_STAGE, InputSample, Problem
+from pipeline.storage import ArtifactError, Storage, next_action
 from pipeline.tally import Tally
-from tokenization.config import Config
+from tokenization.config import Config, reason_of
 
 MAX_SAMPLES_PER_UNIT = 10_000
 MAX_INPUTS_PER_UNIT = 100
@@ -129,7 +129,7 @@ def find_picks(samples: Iterable[InputSample], picks: Sequence[Pick], *, unit_na
         if found is None:
             name = f"{unit_name}#{position}" if source is None else source
             detail = f"{unit_name} has no sample {position if source is None else source} any more"
-            problem = Problem(stage="read", reason="gone", detail=detail)
+            problem = Problem(stage=READ_STAGE, reason="gone", detail=detail)
             found = InputSample(position=position, source=name, extra={}, problem=problem)
         yield found
 
@@ -283,7 +283,11 @@ def _read_planned(storage: Storage, name: str) -> PlannedRetry:
     try:
         return PlannedRetry.model_validate_json(storage.read_bytes(name))
     except (OSError, ValidationError) as error:
-        raise ArtifactError(f"read {storage.url_of(name)}: {error}; put it back or use another run_dir") from error
+        doing, action = (
+            f"read {storage.url_of(name)}",
+            next_action(error, otherwise="put it back or use another run_dir"),
+        )
+        raise ArtifactError(f"{doing}: {reason_of(error)}; {action}") from error
 
 
 def _appended_unit(planned: PlannedRetry, *, plan: Plan) -> WorkUnit:

@@ -1,8 +1,8 @@
 """Tokenizer weights on disk: ours (safetensors with the network's shape inside) and LlamaGen's `.pt`.
 
 Nothing is loaded in part: a missing, unexpected or misshapen weight, or one that is not finite, is an error that names
-it. Values are widened to float32 on loading, and their hash is taken then, so it does not depend
-on the file format; ours carry it in their metadata and are checked against it.
+it. Values are widened to float32 on loading, and their hash is taken then, so it does not depend on the file format;
+ours carry it in their metadata and are checked against it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokenization.config import NETWORKS, VQConfig
+from tokenization.config import NETWORKS, VQConfig, reason_of
 from tokenization.foreign_weights import mistaken_for, read_foreign_weights, weights_in
 from tokenization.vq import VQNetwork
 
@@ -172,11 +172,9 @@ def _read_safetensors(path: Path, *, network: VQConfig | None) -> TokenizerWeigh
     try:
         header = Header.model_validate_json(description)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
         raise ValueError(
             f"loading tokenizer {path}: metadata {FORMAT_KEY!r} must be a version {FORMAT_VERSION} header, got "
-            f"{reason}; use the tensorar that wrote the file, or get it again"
+            f"{reason_of(error)}; use the tensorar that wrote the file, or get it again"
         ) from error
     if network not in (None, header.network):
         raise ValueError(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.local_storage import LocalStorage, commit, raise_outage, sha256_of_file
 from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of
-from tokenization.config import Config
+from tokenization.config import Config, reason_of
 from tokenization.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ def read_record(storage: Storage, step: int) -> CheckpointRecord:
     except FileNotFoundError:
         raise ArtifactError(f"{doing}: {RECORD} is missing; use another checkpoint") from None
     except ValueError as error:  # pydantic's included
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{doing}: {RECORD} is damaged ({reason}); use another checkpoint") from None
+        raise ArtifactError(f"{doing}: {RECORD} is damaged ({reason_of(error)}); use another checkpoint") from None
     if record.record_sha256 != record.digest():
         raise ArtifactError(f"{doing}: {RECORD} does not match its own sha256; use another checkpoint")
     return record

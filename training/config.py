@@ -5,7 +5,6 @@ Light: imports no torch, ray or deepspeed. `[ours]` marks a choice that the pape
 
 from __future__ import annotations
 
-from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -287,7 +286,7 @@ class TrainConfig(Config):
                 f"noise.draft_weight must not stand beside noise.offset_weights, which say all, "
                 f"got {self.noise.draft_weight}; remove one of them"
             )
-        if weights is not None and (weights[0] == 0 or sum(weights) == 0):
+        if weights is not None and weights[0] == 0:
             raise ValueError(f"noise.offset_weights must weigh offset 0, the code that is kept, got {weights}")
         if self.noise.scored_stride > self.model.num_positions:
             raise ValueError(
@@ -390,4 +389,8 @@ class SampleConfig(Config):
     @property
     def num_samples(self) -> int:
         """Pictures in all."""
-        return prod((len(self.labels), self.num_per_label))
+        return len(self.labels) * self.num_per_label
+
+
+SAMPLE_FREE_FIELDS = ("batch_size", "device", "ops", "s3")
+"""Fields of a sample spec that a rerun in the same directory may change: the pictures do not depend on them."""

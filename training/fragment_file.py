@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
 from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError, Buffer, Storage
-from tokenization.config import Config
+from tokenization.config import Config, reason_of
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -109,11 +108,10 @@ class FragmentFile:
         try:
             header = json.loads(bytes(_read(storage, name, start=_LENGTH_BYTES, end=self._data_start)))
             self.layout = FragmentLayout.model_validate_json(header["__metadata__"][METADATA_KEY])
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            reason = " ".join(str(error).split())[:120]
+        except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"read {storage.url_of(name)}: it must be a rank's file of a checkpoint, got {type(error).__name__}: "
-                f"{reason}; verify the run and use another checkpoint"
+                f"{reason_of(error)}; verify the run and use another checkpoint"
             ) from error
 
     def read(self, kind: str) -> dict[str, tuple[int, FloatArray]]:

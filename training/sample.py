@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from pipeline.storage import ArtifactError, Storage, open_storage
+from tokenization.config import reason_of
 from tokenization.fingerprint import Fingerprint
 from tokenization.tokenizer import Tokenizer
-from training.config import SampleConfig
+from training.config import SAMPLE_FREE_FIELDS, SampleConfig
 from training.ops import check_ops
 from training.sampling import SampledCodes, sample_codes
 from training.weights import ModelFile, digest_of, find_weights, load_model
@@ -38,8 +39,6 @@ RESULT_VERSION = 1
 GAP_PX = 2
 GAP_VALUE = 255
 NUM_WRITING_THREADS = 8
-FREE_FIELDS = ("kind", "run_dir", "batch_size", "device", "ops", "s3")
-"""Fields of the spec that may differ on a rerun: the pictures do not depend on them."""
 
 
 def run_sample(config: SampleConfig, *, progress: Callable[[int, int], None] | None = None) -> str:
@@ -77,16 +76,18 @@ def is_finished(storage: Storage, *, config: SampleConfig) -> bool:
         return False
     try:
         result = json.loads(storage.read_bytes(RESULT))
-    except ValueError as error:
+        spec, weights = SampleConfig.model_validate(result["spec"]), result["weights"]
+        sha256, step = str(weights["sha256"]), int(weights["step"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"read {storage.url_of(RESULT)}: it must be the JSON of a finished run, got {error}; remove it to sample "
-            "again"
+            f"read {storage.url_of(RESULT)}: it must be the JSON of a finished run, got {reason_of(error)}; remove it "
+            "to sample again"
         ) from error
-    before = SampleConfig.model_validate(result["spec"]).model_dump(mode="json")  # fields since then: their defaults
-    now = config.model_dump(mode="json")
-    differing = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
-    if not differing and not _has_weights(config, sha256=result["weights"]["sha256"]):
-        differing = [f"content of weights (then of step {result['weights']['step']})"]
+    before, now = spec.model_dump(mode="json"), config.model_dump(mode="json")  # fields since then: their defaults
+    free = ("run_dir", *SAMPLE_FREE_FIELDS)
+    differing = [name for name in now if name not in free and before[name] != now[name]]
+    if not differing and not _has_weights(config, sha256=sha256):
+        differing = [f"content of weights (then of step {step})"]
     if differing:
         raise ArtifactError(
             f"sample into {storage}: the directory must be free or of the same spec, got another "
@@ -207,10 +208,9 @@ def decode_refinements(sampled: SampledCodes, tokenizer: Tokenizer, *, sample_in
 def _check_labels(config: SampleConfig, model_file: ModelFile) -> None:
     num_classes = model_file.config.num_classes
     wrong = [label for label in config.labels if label >= num_classes]
-    if wrong or not config.labels:
+    if wrong:
         raise ValueError(
-            f"sample from {model_file.path}: labels must be in [0, {num_classes - 1}] and at least one, "
-            f"got {wrong or 'none'}; mend labels"
+            f"sample from {model_file.path}: labels must be in [0, {num_classes - 1}], got {wrong}; mend labels"
         )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.config import S3Config
 from pipeline.s3.staging import staging_directory
 from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage, raise_full, split_url
-from tokenization.config import Config
+from tokenization.config import Config, reason_of
 from tokenization.fingerprint import Fingerprint
 from tokenization.weights_file import hash_weights
 from training.config import ModelConfig
@@ -165,10 +165,9 @@ def read_header(path: Path) -> ModelHeader:
             raise ValueError(f"version {version!r}")
         return ModelHeader.model_validate(values)
     except ValueError as error:  # pydantic's included
-        reason = " ".join(str(error).split())[:200]
         raise ArtifactError(
-            f"read weights {path}: metadata {HEADER_KEY!r} must be a version {HEADER_VERSION} header, got {reason}; "
-            "install the tensorar that wrote the file, or write it anew"
+            f"read weights {path}: metadata {HEADER_KEY!r} must be a version {HEADER_VERSION} header, got "
+            f"{reason_of(error)}; install the tensorar that wrote the file, or write it anew"
         ) from error
 
 

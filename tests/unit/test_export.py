@@ -186,7 +186,9 @@ def test_another_set_is_not_exported_into_the_same_folder(tmp_path: Path) -> Non
 def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     export(make_set(tmp_path / "set"), tmp_path / "out")
     (tmp_path / "out" / "code_c2i" / "export.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"export\.json must speak .*damaged one \(field required\); remove"):
+    with pytest.raises(
+        ArtifactError, match=r"export\.json must speak .*damaged one \(fingerprint_digest: field required\); remove"
+    ):
         export(tmp_path / "set", tmp_path / "out")
 
 

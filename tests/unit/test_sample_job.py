@@ -132,9 +132,11 @@ def test_samples_outlive_their_weights(spec: SampleConfig, caplog: pytest.LogCap
     assert "keeps its samples; its weights cannot be compared" in caplog.text
 
 
-def test_a_torn_record_is_named_with_what_to_do(spec: SampleConfig) -> None:
-    (Path(run_sample(spec)) / "samples.json").write_text('{"version": 1,')
-    with pytest.raises(ArtifactError, match=r"/samples\.json: it must be the JSON .*, got .*; remove it"):
+@pytest.mark.parametrize("text", ['{"version": 1,', "{}", "[]", '{"spec": {"kind": "sample"}}'])
+def test_a_damaged_record_is_named_with_what_to_do(spec: SampleConfig, text: str) -> None:
+    Path(spec.run_dir).mkdir()
+    (Path(spec.run_dir) / "samples.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"^.*/samples\.json: it must be the JSON .*, got .*; remove it .*$"):
         run_sample(spec)
 
 
@@ -193,7 +195,7 @@ def test_the_batch_size_of_the_tokenizer_may_differ(spec: SampleConfig) -> None:
 
 
 def test_a_label_that_the_model_lacks_is_refused(spec: SampleConfig) -> None:
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 4\] and at least one, got \[5\]"):
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 4\], got \[5\]"):
         run_sample(spec.model_copy(update={"labels": (1, 5)}))
 
 

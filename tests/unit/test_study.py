@@ -114,7 +114,7 @@ def test_a_run_that_fails_is_recorded_stops_no_other_and_is_tried_again(spec: Pa
     lines = str(caught.value).splitlines()
     assert lines[0] == (f"study {spec.parent}/study: 2 of 4 runs failed; mend the cause and run it again:")
     assert lines[1].startswith("  labels=apple,seed=0: sample from ")
-    assert "labels must be in [0, 4] and at least one, got [9]" in lines[1]
+    assert "labels must be in [0, 4], got [9]" in lines[1]
     result = read_study(str(spec.parent / "study"), s3=S3Config())
     assert states(result) == ["failed", "failed", "done", "done"]
     assert result.runs[0].error == lines[1].partition(": ")[2]
@@ -239,6 +239,15 @@ def test_damaged_results_are_a_failure_with_advice_and_stop_no_other(spec: Path)
     assert states(result) == ["done", "failed", "done", "done"]
     assert result.runs[1].error is not None
     assert "remove the directory to run it anew" in result.runs[1].error
+
+
+def test_a_damaged_spec_of_one_run_is_told_with_that_run(spec: Path) -> None:
+    run_study(study_of(spec))
+    (spec.parent / "study" / NAMES[1] / "spec.json").write_text('{"kind": "sam')
+    result = read_study(str(spec.parent / "study"), s3=S3Config())
+    assert states(result) == ["done", "failed", "done", "done"]
+    assert result.runs[1].error is not None
+    assert "spec.json: it must be the JSON of a spec" in result.runs[1].error
 
 
 def outcome(state: Any) -> Outcome:
