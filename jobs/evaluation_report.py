@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from jobs.evaluation_charts import flip_chart, flip_grid, offset_chart, tuning_chart
+from jobs.pages import class_name, render_page
 from pipeline.preview import png_data_uri
 from pipeline.storage import Storage, open_storage
 from training.evaluation.config import EvaluateConfig
@@ -88,10 +88,8 @@ def write_evaluation_report(storage: Storage) -> str:
     result = read_evaluation(storage)
     with np.load(io.BytesIO(storage.read_bytes(PICTURES_NAME)), allow_pickle=False) as arrays:
         pictures = {name: arrays[name] for name in arrays.files}
-    environment = Environment(
-        loader=PackageLoader("jobs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("evaluation.html.j2").render(
+    page = render_page(
+        "evaluation.html.j2",
         name=storage.url.rpartition("/")[2] or storage.url,
         result=result,
         window_size=result["weights"]["window_size"],
@@ -201,11 +199,6 @@ def _charts(result: dict[str, Any]) -> dict[str, Markup]:
     return {name: Markup(svg) for name, svg in charts.items()}
 
 
-def _class_name(result: dict[str, Any], label: int) -> str:
-    names = result["class_names"] or []
-    return names[label] if label < len(names) else f"class {label}"
-
-
 def _grid(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     lines, begin = [], 0
     control = pictures.get("control_grid")
@@ -214,7 +207,7 @@ def _grid(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dict[
         begin = places.stop
         lines.append(
             {
-                "name": _class_name(result, entry["label"]),
+                "name": class_name(result["class_names"], entry["label"]),
                 "model": _uris(pictures["grid"][places]),
                 "control": None if control is None else _uris(control[places]),
             }
@@ -225,7 +218,7 @@ def _grid(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dict[
 def _strips(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     labels = result["pictures"]["strip_labels"]
     return [
-        {"name": _class_name(result, label), "uris": _uris(pictures["strips"][index])}
+        {"name": class_name(result["class_names"], label), "uris": _uris(pictures["strips"][index])}
         for index, label in enumerate(labels)
     ]
 
@@ -236,7 +229,7 @@ def _nearest(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[di
     threshold = 0.0 if result["memorised"] is None else result["memorised"]["threshold"]
     return [
         {
-            "name": _class_name(result, pair["label"]),
+            "name": class_name(result["class_names"], pair["label"]),
             "distance": f"{pair['distance']:.3f}",
             "is_repeated": is_repeated,
             "sample": png_data_uri(pictures["nearest_samples"][index]),
@@ -255,7 +248,7 @@ def _classes(result: dict[str, Any]) -> list[dict[str, Any]]:
     labels = sorted(scores["samples"], key=lambda label: (scores["samples"][label]["value"], int(label)))
     return [
         {
-            "name": _class_name(result, int(label)),
+            "name": class_name(result["class_names"], int(label)),
             "num_samples": scores["samples"][label]["num_samples"][0],
             "score": told(scores["samples"][label]),
             "real_score": told(scores["real"].get(label)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.ledger import read_manifest
+from pipeline.preview import png_data_uri
+from pipeline.set_tokenizer import load_set_tokenizer
 from pipeline.shards import read_shard
 from pipeline.storage import ArtifactError, open_storage
-from tokenization.tokenizer import Tokenizer
 
 Images = npt.NDArray[np.uint8]
 
@@ -46,11 +45,7 @@ def data_uri(image_HWC: Images) -> str:
     Args:
         image_HWC: RGB, uint8.
     """
-    image = Image.fromarray(image_HWC)
-    size = (image.width * ENLARGEMENT, image.height * ENLARGEMENT)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return png_data_uri(image_HWC.repeat(ENLARGEMENT, axis=0).repeat(ENLARGEMENT, axis=1))
 
 
 def held_out_pairs(shard_dir: Path, *, images_dir: Path) -> list[Pair]:
@@ -65,12 +60,7 @@ def held_out_pairs(shard_dir: Path, *, images_dir: Path) -> list[Pair]:
     """
     storage = open_storage(str(shard_dir))
     manifest = read_manifest(storage)
-    tokenizer = Tokenizer.load(manifest.tokenizer)
-    if tokenizer.fingerprint != manifest.fingerprint:
-        raise ArtifactError(
-            f"decode {shard_dir}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
-            f"{tokenizer.fingerprint.digest} from {manifest.tokenizer.weights!r}; put the old weights back"
-        )
+    tokenizer = load_set_tokenizer(manifest, manifest.tokenizer, doing=f"decode {shard_dir}")
     samples = [sample for shard in manifest.shards for sample in read_shard(storage, f"shards/{shard.name}")]
     decoded_NHWC = tokenizer.decode(np.stack([sample.codes_VT[0] for sample in samples]).astype(np.int32))
     return [

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from jobs.charts import Curve, curves_of, limits_of, loss_chart
+from jobs.pages import class_name, render_page
 from jobs.pictures import Pair, data_uri, held_out_pairs
 from jobs.run import SPEC_NAME
 from jobs.spec import from_here, shipped_spec
@@ -101,13 +101,14 @@ def write_report(run_root: Path, *, data_root: Path) -> Path:
     pairs = held_out_pairs(
         run_root / "codes-validation", images_dir=data_root / "open-emoji" / "folders" / "validation"
     )
-    environment = Environment(
-        loader=PackageLoader("jobs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
+    shown = [
+        {"pair": pair, "original": data_uri(pair.original_HWC), "decoded": data_uri(pair.decoded_HWC)}
+        for pair in _spread(pairs)
+    ]
+    page = render_page(
+        "report.html.j2",
         facts=_facts(run_root, runs, pictures["tensorar"], pairs),
-        pairs=[{"pair": pair, "original": data_uri(pair.original_HWC), "decoded": data_uri(pair.decoded_HWC)}
-               for pair in _spread(pairs)],
+        pairs=shown,
         psnr_db=float(np.mean([pair.psnr_db for pair in pairs])),
         num_pairs=len(pairs),
         charts=_charts(runs),
@@ -121,7 +122,7 @@ def write_report(run_root: Path, *, data_root: Path) -> Path:
         files=_files(run_root, data_root),
         run_root=run_root,
         sample_spec=from_here(shipped_spec("sample_tensorar")),
-    )  # fmt: skip
+    )
     path = run_root / REPORT_NAME
     write_bytes(path, page.encode())
     return path
@@ -188,7 +189,7 @@ def _losses(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
 
 def _classes(run_root: Path, pictures: dict[str, Pictures]) -> list[dict[str, Any]]:
-    names = read_manifest(open_storage(str(run_root / "codes"))).class_names or []
+    names = read_manifest(open_storage(str(run_root / "codes"))).class_names
     labels: list[int] = pictures["base"].spec["labels"]
     if labels != pictures["tensorar"].spec["labels"]:
         raise ArtifactError(
@@ -197,7 +198,7 @@ def _classes(run_root: Path, pictures: dict[str, Pictures]) -> list[dict[str, An
         )
     return [
         {
-            "name": names[label] if label < len(names) else f"class {label}",
+            "name": class_name(names, label),
             "base": pictures["base"].of_class(index),
             "tensorar": pictures["tensorar"].of_class(index),
         }
@@ -209,7 +210,7 @@ def _strips(run_root: Path, pictures: Pictures) -> list[dict[str, Any]]:
     """Lines of the refinement strip: the class, and the pictures from first drafts to kept codes."""
     if pictures.record.get("strip") is None:
         return []
-    names = read_manifest(open_storage(str(run_root / "codes"))).class_names or []
+    names = read_manifest(open_storage(str(run_root / "codes"))).class_names
     strip = np.asarray(Image.open(pictures.directory / pictures.record["strip"]).convert("RGB"))
     side = pictures.images_NHWC.shape[1]
     step = side + GAP_PX
@@ -218,7 +219,7 @@ def _strips(run_root: Path, pictures: Pictures) -> list[dict[str, Any]]:
         label = pictures.record["labels"][sample_index]
         pixels = strip[index * step : index * step + side]
         uris = [data_uri(pixels[:, left : left + side]) for left in range(0, pixels.shape[1], step)]
-        lines.append({"name": names[label] if label < len(names) else f"class {label}", "uris": uris})
+        lines.append({"name": class_name(names, label), "uris": uris})
     return lines
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from jobs.charts import Curve, overlay_chart
+from jobs.pages import render_page
 from jobs.results import DAMAGE, read_lines
 from jobs.study_results import StudyResult
 from jobs.study_table import (
@@ -59,11 +59,9 @@ def report_page(result: StudyResult, *, s3: S3Config) -> str:
         result: The study's runs and what they have come to.
         s3: How S3 is reached.
     """
-    environment = Environment(
-        loader=PackageLoader("jobs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     columns = columns_of(result)
-    return environment.get_template("study.html.j2").render(
+    return render_page(
+        "study.html.j2",
         result=result,
         progress=describe(result),
         axes=list(lines_of(result)[0].cases),

@@ -19,13 +19,13 @@ from pipeline.prepare import prepare_sample
 from pipeline.rejects import Reject
 from pipeline.resume import with_begun_keys
 from pipeline.retry import Pick, RetrySource, find_picks, max_image_pixels_of, with_retries
+from pipeline.set_tokenizer import load_set_tokenizer
 from pipeline.shards import open_shard
 from pipeline.sources.plan import WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
 from pipeline.storage import ArtifactError, Storage
 from tokenization.config import reason_of
-from tokenization.tokenizer import Tokenizer
 
 SPEC_NAME = "spec.json"
 MAX_UNITS = 8
@@ -61,12 +61,7 @@ def check_codes(storage: Storage, *, s3: S3Config, num_samples: int = 64, seed: 
         ArtifactError: the set is not finished, its corpus or tokenizer is not what it was, or a sample is gone.
     """
     manifest, config = read_manifest(storage), _read_config(storage)
-    tokenizer = Tokenizer.load(config.tokenizer)
-    if tokenizer.fingerprint != manifest.fingerprint:
-        raise ArtifactError(
-            f"check codes of {storage}: they were made with tokenizer {manifest.fingerprint.digest}, got "
-            f"{tokenizer.fingerprint.digest} from {config.tokenizer.weights!r}; put the old weights back"
-        )
+    tokenizer = load_set_tokenizer(manifest, config.tokenizer, doing=f"check codes of {storage}")
     source = make_source(config.source, s3=s3)
     plan = with_retries(storage, with_begun_keys(storage, source.plan()))
     generator = np.random.default_rng(seed)

@@ -22,8 +22,9 @@ from PIL import Image
 from pipeline.ledger import Manifest, read_manifest, read_record, stem_of
 from pipeline.local_storage import write_bytes
 from pipeline.rejects import Reject, read_rejects
+from pipeline.set_tokenizer import load_set_tokenizer
 from pipeline.shards import ShardSample, open_shard
-from pipeline.storage import ArtifactError, Storage
+from pipeline.storage import Storage
 from tokenization.tokenizer import Tokenizer
 
 PAGE_NAME = "preview.html"
@@ -64,12 +65,7 @@ def write_preview(storage: Storage, *, output: Path | None = None, num_samples: 
         ArtifactError: the set is not finished or damaged, or its tokenizer has changed since.
     """
     manifest = read_manifest(storage)
-    tokenizer = Tokenizer.load(manifest.tokenizer)
-    if tokenizer.fingerprint != manifest.fingerprint:
-        raise ArtifactError(
-            f"preview {storage}: its codes were made with tokenizer {manifest.fingerprint.digest}, got "
-            f"{tokenizer.fingerprint.digest} from {manifest.tokenizer.weights!r}; put the old weights back"
-        )
+    tokenizer = load_set_tokenizer(manifest, manifest.tokenizer, doing=f"preview {storage}")
     shown = list(_spread_samples(storage, manifest, num_samples=num_samples))
     page = (
         _environment()
@@ -146,8 +142,9 @@ def _picture_fields(
     fields = []
     for sample, image_HWC in zip(samples, images_NHWC, strict=True):
         label = sample.metadata["label"]
-        named = class_names is not None and label is not None and label < len(class_names)
-        class_name = class_names[label] if named and class_names is not None else ("" if label is None else str(label))
+        class_name = "" if label is None else str(label)
+        if class_names is not None and label is not None and label < len(class_names):
+            class_name = class_names[label]
         fields.append(
             {
                 "image": png_data_uri(image_HWC),
