@@ -17,7 +17,6 @@ from training.plan import (
     checkpoint_bytes,
     estimate_memory,
     kept_checkpoints,
-    micro_batch_size,
     num_parameters,
 )
 
@@ -72,7 +71,7 @@ def plan_table(config: TrainConfig, *, world_size: int) -> Table:
 def plan_summary(config: TrainConfig, *, world_size: int) -> str:
     """Return work per step, bytes on disk and the verdict, one a line."""
     engine, model = config.engine, config.model
-    samples = micro_batch_size(config, world_size=world_size)
+    samples = engine.samples_per_micro_step(world_size)
     flops = engine.global_batch_size * model_flops_per_sample(
         model, micro_batch_size=samples, scored_stride=config.noise.scored_stride
     )

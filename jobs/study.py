@@ -133,7 +133,7 @@ class _Worker:
         seconds_s = 0.0 if outcome is None else outcome.seconds_s
         if outcome is not None and outcome.state == "failed" and outcome.time > self._began:
             return  # another process has just tried it
-        if (outcome is None or outcome.state == "done") and _is_done(run, directory):
+        if (outcome is None or outcome.state == "done") and _found(run, directory).is_done:
             self._attempt(run, claim, seconds_s=seconds_s, is_done=True)
             return
         with directory.exclusive():
@@ -176,10 +176,6 @@ class _Worker:
         if self._fail_fast:
             told = f"stopped at the first run that failed, {run.name}: {first_line}"
             raise StudyFailedError(f"study {self._study.run_dir}: {told}") from error
-
-
-def _is_done(run: StudyRun, directory: Storage) -> bool:
-    return _found(run, directory).is_done
 
 
 def publish(study: Study, storage: Storage, *, with_report: bool = True) -> StudyResult:

@@ -141,7 +141,7 @@ class ShardWriter:
             )
         if not (sample.key.isascii() and sample.key.isdigit() and len(sample.key) <= MAX_KEY_DIGITS):
             raise ValueError(
-                f"write sample: key must be 1 to {MAX_KEY_DIGITS} digits, got {sample.key!r}; use Plan.key"
+                f"write sample: key must be 1 to {MAX_KEY_DIGITS} digits, got {sample.key!r}; use KeyFormat.key"
             )
         codes = npy_of_codes(codes_VT.astype(self._dtype))
         metadata = canonical_json(sample.metadata)

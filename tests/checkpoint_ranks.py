@@ -17,8 +17,7 @@ from synthetic_shards import fingerprint_of
 
 from training.checkpoint import RunState
 from training.config import TrainConfig
-from training.engine import build_engine, freeze_base
-from training.fragments import Engine
+from training.engine import Engine, build_engine, freeze_base
 from training.loss import window_loss
 from training.noise import make_windows
 from training.ranks import Ranks, join_ranks, leave_ranks

@@ -204,6 +204,10 @@ class EngineConfig(Config):
             )
         return self.global_batch_size // unit if self.micro_batch_size else 1
 
+    def samples_per_micro_step(self, world_size: int) -> int:
+        """Samples of one rank's micro step on `world_size` ranks; raises as `grad_accumulation`."""
+        return self.global_batch_size // (world_size * self.grad_accumulation(world_size))
+
 
 class CheckpointConfig(Config):
     """When checkpoints are written and which are kept."""

@@ -78,11 +78,10 @@ def deepspeed_settings(config: EngineConfig, *, max_grad_norm: float, world_size
     Raises:
         ValueError: the global batch does not divide over the ranks.
     """
-    accumulation = config.grad_accumulation(world_size)
     return {
         "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.global_batch_size // (world_size * accumulation),
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": config.samples_per_micro_step(world_size),
+        "gradient_accumulation_steps": config.grad_accumulation(world_size),
         "gradient_clipping": max_grad_norm,
         "steps_per_print": 2**31,
         "bf16": {"enabled": config.dtype == "bfloat16"},

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.storage import ArtifactError
+from training.engine import Engine
 from training.fragment_file import WEIGHTS, FragmentFile, FragmentLayout
 from training.tensorar import is_of_base
-
-Engine = Any
-"""A `deepspeed.DeepSpeedEngine`; DeepSpeed carries no types."""
 
 STEP = "step"
 """Key of the optimiser's own count of steps, which is not a state of elements."""

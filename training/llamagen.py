@@ -15,11 +15,10 @@ from torch import Tensor
 from pipeline.config import S3Config
 from pipeline.storage import ArtifactError, open_storage, split_url
 from tokenization.foreign_weights import read_foreign_weights, weights_in
+from training.tensorar import BASE
 
 TOLERATED_KEYS = frozenset({"freqs_cis"})
 """In some old checkpoints; a table that we compute."""
-BASE = "base."
-"""What we put before LlamaGen's keys in a `TensorAR`."""
 TEXT_KEYS = ("cls_embedding.cap_proj.", "cls_embedding.uncond_embedding")
 """How the keys begin that LlamaGen's text-conditional models have where ours embed a class."""
 NUM_KEYS_SHOWN = 4

@@ -90,11 +90,6 @@ def num_parameters(config: ModelConfig) -> int:
     return config.layers * block + tables + dim + num_added_parameters(config)
 
 
-def micro_batch_size(config: TrainConfig, *, world_size: int) -> int:
-    """Return the samples of a rank's micro step; raises ValueError where the global batch does not divide."""
-    return config.engine.global_batch_size // (world_size * config.engine.grad_accumulation(world_size))
-
-
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Return the bytes of one checkpoint: float32 weights, both moments and the average if there is one."""
     kinds = 3 if config.optimizer.ema_decay is None else 4
@@ -130,7 +125,7 @@ def estimate_memory(
     """
     engine, num_all = config.engine, num_parameters(config.model)
     is_cpu, width = device == "cpu", _width(config)
-    samples = micro_batch_size(config, world_size=world_size)
+    samples = engine.samples_per_micro_step(world_size)
     num_own = num_all // world_size if zero_stage >= 1 else num_all
     num_weights = num_own if zero_stage == 3 else num_all
     is_accumulated = engine.grad_accumulation(world_size) > 1

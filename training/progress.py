@@ -58,11 +58,11 @@ class Speed:
     def __init__(self, config: TrainConfig, *, ranks: Ranks) -> None:
         """Measure the peak where `engine.peak_tflops` does not give it (under a second)."""
         engine = config.engine
-        accumulation = engine.grad_accumulation(ranks.world_size)
-        micro_batch_size = engine.global_batch_size // (ranks.world_size * accumulation)
         self._batch_size, self._num_positions = engine.global_batch_size, config.model.num_positions
         self._flops_per_sample = model_flops_per_sample(
-            config.model, micro_batch_size=micro_batch_size, scored_stride=config.noise.scored_stride
+            config.model,
+            micro_batch_size=engine.samples_per_micro_step(ranks.world_size),
+            scored_stride=config.noise.scored_stride,
         )
         if engine.peak_tflops is None:
             peak = measured_peak_flops(ranks.device, dtype=getattr(torch, engine.dtype))

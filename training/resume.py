@@ -26,8 +26,9 @@ from training.checkpoint import (
     warn_of_damage,
 )
 from training.config import TrainConfig
+from training.engine import Engine
 from training.fragment_file import FragmentFile
-from training.fragments import Engine, parameter_shapes, restore_fragments
+from training.fragments import parameter_shapes, restore_fragments
 from training.ranks import Ranks
 
 logger = logging.getLogger(__name__)

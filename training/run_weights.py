@@ -7,7 +7,6 @@ of each file's region on S3, so memory is the model's float32 weights (and on S3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -90,7 +89,7 @@ def find_run_checkpoint(url: str, *, s3: S3Config, step: int | None = None) -> R
                 f"find checkpoint of step {step} in {url}: the step must be the directory's own, {named}, got {step}; "
                 "leave the step out, or name the run_dir"
             )
-        url, step = "/".join(parents[2:]) or str(PurePosixPath(".")), named
+        url, step = "/".join(parents[2:]) or ".", named
     storage = open_storage(url, s3=s3)
     if step is None:
         record = newest_whole_checkpoint(storage)

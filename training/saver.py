@@ -35,8 +35,9 @@ from training.checkpoint import (
     remove_old_checkpoints,
 )
 from training.config import TrainConfig
+from training.engine import Engine
 from training.fragment_file import FloatArray, FragmentLayout, check_coverage, write_fragments
-from training.fragments import Engine, Fragments, parameter_shapes
+from training.fragments import Fragments, parameter_shapes
 from training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class CheckpointWriter:
             raise error
         for rank, told in enumerate(errors):
             if told is not None:
-                raise ArtifactError(f"save checkpoint in {self._storage}: rank {rank} failed: {told}")
+                raise _rank_failed(self._storage, rank, told)
 
     def _copied(self, fragments: Fragments) -> Tensor:
         """Return the fragments in host memory, which is kept for the next save."""
@@ -261,7 +262,7 @@ class _Write:
             for name in sorted(set(self._storage.list(f"{self._directory}/rank_")) & set(names) - set(reports)):
                 reports[name] = report = RankReport.model_validate_json(self._storage.read_bytes(name))
                 if report.error is not None:
-                    raise ArtifactError(f"save checkpoint in {self._storage}: {name} failed: {report.error}")
+                    raise _rank_failed(self._storage, names.index(name), report.error)
             if len(reports) == len(names):
                 return [reports[name] for name in names]
             if time.monotonic() > deadline:
@@ -273,6 +274,11 @@ class _Write:
                 )
             time.sleep(pause_s)
             pause_s = min(_LONGEST_POLL_S, 1.5 * pause_s)
+
+
+def _rank_failed(storage: Storage, rank: int, told: str) -> ArtifactError:
+    """Return the error for a save that another rank could not do its part of; what it said names the next action."""
+    return ArtifactError(f"save checkpoint in {storage}: rank {rank} failed: {told}")
 
 
 def _num_copied(layout: FragmentLayout) -> int:

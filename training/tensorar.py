@@ -27,6 +27,9 @@ from training.mixing import attend_by_tables, attend_windows, reference_attend_w
 from training.noise import valid_offsets
 from training.scored import Scored
 
+BASE = "base."
+"""What stands before LlamaGen's own key in the names of the base model's parameters."""
+
 
 class FoldedKeys(nn.Linear):
     """The key projection applied to the queries instead: (q W) x = q (W x), so keys need no product of their own.
@@ -309,7 +312,7 @@ def num_added_parameters(config: ModelConfig) -> int:
 
 def is_of_base(name: str) -> bool:
     """Whether a parameter of a `TensorAR` belongs to the base model, by its name."""
-    return name.startswith("base.")
+    return name.startswith(BASE)
 
 
 def build_model(config: ModelConfig) -> TensorAR:

@@ -4,8 +4,7 @@ Invariant: the result depends on the weights, the shard set and the spec only; t
 the step or the world size. The weights are the raw ones, also where an average of them is kept. Two measures: windows
 noised by the schedule, and (window_size > 1) windows filled with the model's own drafts, which is what sampling will
 show it (drawn at temperature 1, whatever training draws at); of the second only offset 0, the code that is kept,
-counts. It costs three forward passes of the samples (one
-at window_size 1).
+counts. It costs three forward passes of the samples (one at window_size 1).
 """
 
 from __future__ import annotations
@@ -59,9 +58,7 @@ class Validation:
             indices = self._sample_indices[begin : begin + _LABELS_AT_A_TIME]
             _, labels = shard_set.read_batch(indices, views=np.zeros_like(indices))
             check_labels(labels, indices, shard_set=shard_set, num_classes=config.model.num_classes)
-        self._micro_batch_size = config.engine.global_batch_size // (
-            ranks.world_size * config.engine.grad_accumulation(ranks.world_size)
-        )
+        self._micro_batch_size = config.engine.samples_per_micro_step(ranks.world_size)
         self.every_n_steps = config.validation.every_n_steps
         """Steps between measurements."""
         self._num_micro_batches = -(-count // (ranks.world_size * self._micro_batch_size))

@@ -17,10 +17,11 @@ from pipeline.config import S3Config
 from pipeline.local_storage import local_path, sha256_of_file
 from pipeline.storage import S3_SCHEME, ArtifactError, open_storage, split_url
 from tokenization.fingerprint import Fingerprint
+from tokenization.weights_file import not_finite
 from training.config import ModelConfig
-from training.llamagen import BASE, load_base_weights, some
+from training.llamagen import load_base_weights, some
 from training.run_weights import RunCheckpoint, find_run_checkpoint
-from training.tensorar import TensorAR
+from training.tensorar import BASE, TensorAR, is_of_base
 from training.weights_file import ModelHeader, WeightsFile, read_weights, write_weights
 
 CONSOLIDATED = "consolidated.pth"
@@ -166,8 +167,8 @@ def warm_start(
     place = find_weights(path, s3=s3)
     state = place.read_weights() if isinstance(place, RunCheckpoint) else _read_file(place)
     fresh = {}
-    if all(key.startswith(BASE) for key in state):
-        fresh = {key: value for key, value in model.state_dict().items() if not key.startswith(BASE)}
+    if all(map(is_of_base, state)):
+        fresh = {key: value for key, value in model.state_dict().items() if not is_of_base(key)}
     _check_keys(f"warm start from {place.url}", expected=_expected_shapes(model.config), found=fresh | state)
     _check_finite(f"warm start from {place.url}", state)
     model.load_state_dict(fresh | state)
@@ -196,7 +197,7 @@ def _expected_shapes(config: ModelConfig) -> dict[str, Tensor]:
 
 def _check_finite(doing: str, state: dict[str, Tensor]) -> None:
     """Refuse weights that would sample the same code for ever."""
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    broken = not_finite(state)
     if broken:
         raise ArtifactError(
             f"{doing}: every weight must be finite, got NaN or infinity in {len(broken)} tensors, {broken[0]} first; "
