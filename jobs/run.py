@@ -26,7 +26,7 @@ from training.evaluation.config import EvaluateConfig
 
 SPEC_NAME = "spec.json"
 EXIT_STOPPED = 75
-"""Exit code of a training run that was told to stop and saved first (EX_TEMPFAIL: run it again to go on)."""
+"""Exit code of a command that was told to stop and keeps what is done (EX_TEMPFAIL: run it again to go on)."""
 
 FREE_FIELDS: dict[str, tuple[str, ...]] = {
     "fit_tokenizer": ("checkpoint_every_n_steps",),

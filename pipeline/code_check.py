@@ -25,7 +25,7 @@ from pipeline.sources.plan import WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.sources.sample import InputSample
 from pipeline.storage import ArtifactError, Storage
-from tokenization.config import reason_of
+from tokenization.messages import reason_of
 
 SPEC_NAME = "spec.json"
 MAX_UNITS = 8

@@ -24,7 +24,8 @@ from pipeline.config import S3Config
 from pipeline.ledger import MANIFEST_NAME, Manifest, read_manifest
 from pipeline.shards import ShardReader, ShardSample, open_shard
 from pipeline.storage import ArtifactError, Storage, open_storage
-from tokenization.config import Config, ViewsConfig, reason_of
+from tokenization.config import Config, ViewsConfig
+from tokenization.messages import reason_of
 
 RECORD_NAME = "export.json"
 NUM_WRITERS = 8

@@ -18,8 +18,9 @@ from pipeline.config import RulesConfig
 from pipeline.rejects import Counts
 from pipeline.shards import ShardInfo
 from pipeline.storage import ArtifactError, FileInfo, Storage, next_action
-from tokenization.config import Config, TokenizerConfig, ViewsConfig, reason_of
+from tokenization.config import Config, TokenizerConfig, ViewsConfig
 from tokenization.fingerprint import Fingerprint
+from tokenization.messages import reason_of
 
 MANIFEST_NAME = "manifest.json"
 _File = TypeVar("_File", "LedgerRecord", "PoisonRecord", "Manifest")

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, ValidationError, model_validator
 
 from pipeline.storage import ArtifactError, Storage, next_action
-from tokenization.config import Config, reason_of
+from tokenization.config import Config
+from tokenization.messages import reason_of
 
 RULE_STAGE = "rule"
 """The stage of samples that were dropped on purpose; every other stage means rejected."""

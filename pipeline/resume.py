@@ -41,6 +41,7 @@ from pipeline.sources.sample import content_digest
 from pipeline.storage import ArtifactError, FileInfo, Storage, sha256_of
 from pipeline.tally import Tally
 from tokenization.fingerprint import Fingerprint
+from tokenization.messages import named
 
 MAX_NAMED_FIELDS = 8
 PLAN_NAME = "plan.json"
@@ -97,10 +98,9 @@ def check_identity(
         raise ArtifactError(f"tokenize {storage}: plan.json must be JSON, got {error}; use another run_dir") from error
     differing = [text for name, text in _differences(begun_with, now) if name not in free]
     if differing:
-        more = f" and {len(differing) - MAX_NAMED_FIELDS} more" if len(differing) > MAX_NAMED_FIELDS else ""
         raise ArtifactError(
             f"tokenize {storage}: the job must be the one the directory was begun with, got "
-            f"{', '.join(differing[:MAX_NAMED_FIELDS])}{more}; use another run_dir or undo the change"
+            f"{named(differing, most=MAX_NAMED_FIELDS)}; use another run_dir or undo the change"
         )
     return {**begun_with}
 

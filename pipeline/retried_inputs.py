@@ -19,6 +19,7 @@ from pipeline.shards import read_shard
 from pipeline.sources.plan import Plan, WorkUnit
 from pipeline.storage import ArtifactError, Storage
 from pipeline.tally import Tally
+from tokenization.messages import named
 
 MAX_NAMED_SAMPLES = 3
 
@@ -80,16 +81,12 @@ def check_names(storage: Storage, record: LedgerRecord, *, stem: str, unit: Work
     if record.counts.num_read > record.counts.num_written:
         known.update(reject.source for reject in read_rejects(storage, rejects_name(stem)))
     if names != known:
+        found, lost = (named(sorted(some), most=MAX_NAMED_SAMPLES) for some in (names - known, known - names))
         raise ArtifactError(
             f"retry rejects of {storage}: unit {unit.unit_index} ({unit.name}) must hold the samples that it was made "
-            f"from, got {_named(names - known)} in place of {_named(known - names)}; put mended files back under their "
-            "old names, rows into their old row groups, or use another run_dir"
+            f"from, got {found} in place of {lost}; put mended files back under their old names, rows into their old "
+            "row groups, or use another run_dir"
         )
-
-
-def _named(names: Collection[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED_SAMPLES} more" if len(names) > MAX_NAMED_SAMPLES else ""
-    return (", ".join(sorted(names)[:MAX_NAMED_SAMPLES]) or "none") + more
 
 
 def check_rejected_again(

@@ -29,7 +29,8 @@ from pipeline.sources.plan import KeyFormat, Plan, Source, WorkUnit
 from pipeline.sources.sample import READ_STAGE, InputSample, Problem
 from pipeline.storage import ArtifactError, Storage, next_action
 from pipeline.tally import Tally
-from tokenization.config import Config, reason_of
+from tokenization.config import Config
+from tokenization.messages import reason_of
 
 MAX_SAMPLES_PER_UNIT = 10_000
 MAX_INPUTS_PER_UNIT = 100

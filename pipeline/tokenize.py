@@ -44,6 +44,7 @@ from pipeline.status import StatusFile
 from pipeline.storage import ArtifactError, Storage, open_storage
 from pipeline.tally import Tally
 from pipeline.worker import Finished
+from tokenization.messages import named
 from tokenization.tokenizer import Tokenizer
 
 MIN_SAMPLES_TO_JUDGE = 10_000
@@ -253,14 +254,11 @@ class _Job:
         return manifest
 
     def _too_much_poison(self, plan: Plan, poison: list[Poison]) -> str:
-        named = "; ".join(
-            f"unit {one.unit.unit_index} ({one.unit.name}): {one.problems[-1]}" for one in poison[:MAX_NAMED_UNITS]
-        )
-        more = f" and {len(poison) - MAX_NAMED_UNITS} more" if len(poison) > MAX_NAMED_UNITS else ""
+        units = [f"unit {one.unit.unit_index} ({one.unit.name}): {one.problems[-1]}" for one in poison]
         return (
             f"tokenize {self._storage}: at most {self._config.max_poison_units} of {len(plan.units)} units may fail, "
-            f"got {len(poison)}: {named}{more}; mend the cause and rerun (finished units are kept), or raise "
-            "max_poison_units to leave them out"
+            f"got {len(poison)}: {named(units, most=MAX_NAMED_UNITS, separator='; ')}; mend the cause and rerun "
+            "(finished units are kept), or raise max_poison_units to leave them out"
         )
 
 

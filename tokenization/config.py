@@ -18,7 +18,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
@@ -48,16 +47,6 @@ Place = Annotated[str, AfterValidator(_check_place)]
 """A path, or a URL where its field takes one."""
 LocalPlace = Annotated[Place, AfterValidator(_check_local)]
 """A path alone."""
-
-
-def reason_of(error: Exception) -> str:
-    """Return what an error says, in one line; of data that does not fit its config, what is wrong with it first."""
-    if not isinstance(error, ValidationError):
-        return " ".join(str(error).split()) or type(error).__name__
-    first = error.errors()[0]
-    where, message = ".".join(map(str, first["loc"])), first["msg"]
-    told = f"{message[:1].lower()}{message[1:]}"
-    return f"{where}: {told}" if where else told
 
 
 class Config(BaseModel):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tokenization.config import Config, FitTokenizerConfig
+from tokenization.synced import rename_synced, write_synced
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,11 @@ def save_checkpoint(
         config=config.model_dump(mode="json", exclude=FREE_FIELDS),
         images_sha256=images_sha256,
     )
-    _write_synced(staged / "state.safetensors", data)
-    _write_synced(staged / "record.json", record.model_dump_json(indent=2).encode())
+    write_synced(staged / "state.safetensors", data)
+    write_synced(staged / "record.json", record.model_dump_json(indent=2).encode())
     if final.exists():
         shutil.rmtree(final)
-    staged.rename(final)
-    _sync_directory(directory)
+    rename_synced(staged, final)
     for old in sorted(directory.glob("step_*"))[:-NUM_KEPT]:
         shutil.rmtree(old)
 
@@ -162,18 +161,3 @@ def _read_whole(path: Path) -> tuple[_Record, bytes] | None:
             return None
         raise
     return (record, data) if hashlib.sha256(data).hexdigest() == record.sha256 else None
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

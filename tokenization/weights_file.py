@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tokenization.config import NETWORKS, VQConfig, reason_of
+from tokenization.config import NETWORKS, VQConfig
 from tokenization.foreign_weights import mistaken_for, read_foreign_weights, weights_in
+from tokenization.messages import named, reason_of
+from tokenization.synced import rename_synced, write_synced
 from tokenization.vq import VQNetwork
 
 SHIPPED_DIR = Path(__file__).parent / "weights"
 FORMAT_KEY = "tensorar-tokenizer"
 """The one metadata key of our files; its value is JSON. (With several, safetensors writes them in changing order.)"""
 FORMAT_VERSION = 1
+MAX_NAMED_PROBLEMS = 3
 HISTORY_KEY = "quantize.codebook_used"
 """LlamaGen's record of recently used codes: in its files, absent from ours, no part of what the network computes."""
 
@@ -107,16 +109,8 @@ def write_weights(path: Path, *, network: VQConfig, state: dict[str, Tensor], me
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if name != HISTORY_KEY}
     staged = path.with_name(f".staged-{path.name}")
-    with staged.open("wb") as file:
-        file.write(save(tensors, metadata={FORMAT_KEY: json.dumps(metadata, sort_keys=True)}))
-        file.flush()
-        os.fsync(file.fileno())
-    staged.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    write_synced(staged, save(tensors, metadata={FORMAT_KEY: json.dumps(metadata, sort_keys=True)}))
+    rename_synced(staged, path)
 
 
 def read_weights(path: Path, *, network: VQConfig | None = None) -> TokenizerWeights:
@@ -211,7 +205,7 @@ def _check_fits(path: Path, weights: TokenizerWeights) -> None:
         if wanted[name] != found[name]
     ]
     if problems:
-        shown = ", ".join(sorted(problems)[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        shown = named(sorted(problems), most=MAX_NAMED_PROBLEMS)
         raise ValueError(
             f"loading tokenizer {path}: the weights must fit the network, got {shown}; "
             "choose the network that the file was made with"

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.local_storage import LocalStorage, commit, raise_outage, sha256_of_file
 from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of
-from tokenization.config import Config, reason_of
+from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
+from tokenization.messages import reason_of
 
 if TYPE_CHECKING:
     from pipeline.ledger import Manifest

@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from pipeline.local_storage import LocalStorage
 from pipeline.storage import ArtifactError, Buffer, Storage
-from tokenization.config import Config, reason_of
+from tokenization.config import Config
+from tokenization.messages import reason_of
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 from pipeline.storage import ArtifactError, Storage, open_storage
-from tokenization.config import reason_of
 from tokenization.fingerprint import Fingerprint
+from tokenization.messages import reason_of
 from tokenization.tokenizer import Tokenizer
 from training.config import SAMPLE_FREE_FIELDS, SampleConfig
 from training.ops import check_ops

@@ -24,8 +24,9 @@ from torch import Tensor
 from pipeline.config import S3Config
 from pipeline.s3.staging import staging_directory
 from pipeline.storage import S3_SCHEME, ArtifactError, Storage, open_storage, raise_full, split_url
-from tokenization.config import Config, reason_of
+from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
+from tokenization.messages import reason_of
 from tokenization.weights_file import hash_weights
 from training.config import ModelConfig
 

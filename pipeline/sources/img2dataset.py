@@ -20,6 +20,7 @@ from pipeline.sources.plan import Plan, Source, WorkUnit, fingerprint_of, make_p
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.sources.tar_samples import Members, read_groups, split_members
 from pipeline.storage import ArtifactError, FileInfo, next_action, open_storage
+from tokenization.messages import named
 
 TAR, SIDECAR, STATS = ".tar", ".parquet", "_stats.json"
 MIN_BYTES_PER_SAMPLE = 512
@@ -94,13 +95,15 @@ class Img2DatasetSource(Source):
         if unfinished and not self._config.allow_unfinished:
             raise ArtifactError(
                 f"plan source: every shard of {self._storage} must have its _stats.json, got {len(unfinished)} "
-                f"without: {_named(unfinished)}; let img2dataset finish, or leave them out with allow_unfinished: true"
+                f"without: {named(unfinished, most=MAX_NAMED_SHARDS)}; let img2dataset finish, or leave them out with "
+                "allow_unfinished: true"
             )
         incomplete = [stem for stem, files in finished.items() if len(files) < 3]
         if incomplete:
             raise ArtifactError(
                 f"plan source: every _stats.json of {self._storage} must have its .tar and .parquet, got "
-                f"{len(incomplete)} without: {_named(incomplete)}; let img2dataset write these shards again"
+                f"{len(incomplete)} without: {named(incomplete, most=MAX_NAMED_SHARDS)}; let img2dataset write these "
+                "shards again"
             )
         if not finished:
             raise ArtifactError(
@@ -157,8 +160,3 @@ def _missing_in_tar(sidecar: Sidecar, row: int) -> UnusableSampleError:
 def _max_samples(files: dict[str, FileInfo]) -> int:
     """Return an upper bound of a shard's rows: one that failed has no byte in the tar, but some in the sidecar."""
     return files[TAR].num_bytes // MIN_BYTES_PER_SAMPLE + files[SIDECAR].num_bytes
-
-
-def _named(stems: list[str]) -> str:
-    more = f" and {len(stems) - MAX_NAMED_SHARDS} more" if len(stems) > MAX_NAMED_SHARDS else ""
-    return ", ".join(stems[:MAX_NAMED_SHARDS]) + more
