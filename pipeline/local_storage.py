@@ -157,11 +157,10 @@ def read_file(path: str, *, start: int = 0, end: int | None = None) -> bytes:
         OSError: as the system gives it, outages included.
     """
     # A third of the time of a file object, which counts where a rerun reads 100,000 ledger records.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = _open_regular(path)
     try:
-        status = os.fstat(descriptor)
-        _check_regular(status, path)
-        end = status.st_size if end is None else min(end, status.st_size)
+        num_bytes = os.fstat(descriptor).st_size
+        end = num_bytes if end is None else min(end, num_bytes)
         parts: list[bytes] = []
         while start < end and (part := os.pread(descriptor, end - start, start)):  # one call reads at most 2 GiB
             parts.append(part)
@@ -331,7 +330,7 @@ class _OpenFile(io.FileIO):
     def __init__(self, path: Path) -> None:
         self._doing = f"read {path}"
         try:
-            super().__init__(path, opener=_open_regular)
+            super().__init__(str(path), opener=_open_regular)
         except OSError as error:
             raise_outage(error, doing=self._doing)
             raise
@@ -351,23 +350,19 @@ class _OpenFile(io.FileIO):
             raise
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Open a file as `io.FileIO` asks for it; raises OSError at once for a pipe, which would be waited for."""
+def _open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Return the descriptor of a regular file; OSError for anything else: a pipe would be waited for without end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     try:
-        _check_regular(os.fstat(descriptor), str(path))
-    except OSError:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+    except BaseException:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _check_regular(status: os.stat_result, path: str) -> None:
-    """Raise OSError for what is no regular file."""
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def _info(status: os.stat_result) -> FileInfo:

@@ -116,10 +116,12 @@ def cut_metrics(run_dir: Path, *, step: int) -> None:
 
 
 def write_metrics(run_dir: Path, line: dict[str, Any]) -> None:
-    """Append a line to the metrics; their directory is made where it is missing."""
+    """Append a line to the metrics, kept by a crash of the machine too; their directory is made where it is missing."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / METRICS_NAME).open("a") as file:
         file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _step_of(line: bytes) -> float:
