@@ -152,13 +152,6 @@ def read_shard_with_reader(path: Path) -> int:
     return reader.num_samples
 
 
-def read_codes_in_bulk(path: Path) -> int:
-    """The codes of a shard in random batches of 64, by `ShardReader.read_codes`."""
-    reader = open_shard(LocalStorage(path.parent), path.name)
-    order = np.random.default_rng(0).permutation(reader.num_samples)
-    return sum(len(reader.read_codes(order[start : start + 64])) for start in range(0, len(order), 64))
-
-
 def check_shard_structure(path: Path) -> int:
     """What `verify` does for structure."""
     assert open_shard(LocalStorage(path.parent), path.name).check_structure() == []
@@ -195,7 +188,6 @@ def main() -> None:
                 "write and check shard: tarfile": lambda: write_with_tarfile(old_shard, samples),
                 "read shard: ShardReader.sample": lambda: read_shard_with_reader(shard),
                 "read shard: tarfile": lambda: read_shard_with_tarfile(shard),
-                "read codes: ShardReader.read_codes": lambda: read_codes_in_bulk(shard),
                 "check structure: ShardReader": lambda: check_shard_structure(shard),
             }
         )

@@ -21,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.local_storage import sha256_of_file
-from pipeline.npy_codes import NPY_HEADER_BYTES, Codes, codes_dtype, codes_of_npy, npy_of_codes
+from pipeline.npy_codes import Codes, codes_dtype, codes_of_npy, npy_of_codes
 from pipeline.storage import ArtifactError, Buffer, Storage, next_action
 from pipeline.ustar import (
-    CHECKSUM_FIELD,
     MAX_NAME_BYTES,
     SIZE_FIELD,
     TAR_BLOCK_BYTES,
@@ -285,30 +284,6 @@ class ShardReader:
             wanted = f"{len(end_of_tar(end))} zero bytes must follow its last sample at byte {end}"
             problems.append(f"read shard {self.where}: {wanted}, got {got}; {REWRITE}")
         return problems
-
-    def read_codes(self, positions: npt.NDArray[np.int64]) -> Codes:
-        """Return the codes of some samples, `(N, V, T)`, in one gather; keys and metadata are not looked at.
-
-        Args:
-            positions: `(N,)`, N at least 1, each in [0, num_samples).
-
-        Raises:
-            IndexError: no such position.
-            ArtifactError: a sample is damaged, or its codes have another shape than those of the first.
-        """
-        if positions.min() < 0 or positions.max() >= self.num_samples:
-            raise IndexError(f"read {self.where}: positions must be in [0, {self.num_samples}), got {positions}")
-        first_VT = self.sample(int(positions[0])).codes_VT
-        num_header_bytes = TAR_BLOCK_BYTES + NPY_HEADER_BYTES
-        byte_offsets = self._offsets[positions][:, None] + np.arange(num_header_bytes + first_VT.nbytes)
-        gathered = np.frombuffer(self._data, dtype=np.uint8).take(byte_offsets, mode="clip")
-        headers = gathered[:, :num_header_bytes].copy()
-        headers[:, :MAX_NAME_BYTES] = headers[:, CHECKSUM_FIELD] = 0  # the only parts that differ between samples
-        is_alike = (headers == headers[0]).all(axis=1)
-        if not is_alike.all():
-            first_other = int(positions[is_alike.argmin()])
-            raise self._damaged(first_other, f"another header than that of sample {positions[0]}")
-        return gathered[:, num_header_bytes:].copy().view(first_VT.dtype).reshape(-1, *first_VT.shape)
 
     def _contents(self, position: int) -> _Contents:
         """Return the contents of a sample's members; a ValueError says where it is not what the writer writes."""

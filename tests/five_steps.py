@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
+from whole_state import full_average, full_weights
 
 from training.config import ModelConfig, TrainConfig
-from training.engine import build_engine, full_average, full_weights, take_step
+from training.engine import build_engine, take_step
 from training.loss import window_loss
 from training.ranks import join_ranks, leave_ranks
 from training.scored import score_predictions

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from whole_state import full_average, full_weights
 
 from training.config import TrainConfig
-from training.engine import Engine, build_engine, freeze_base, full_average, full_weights, take_step
+from training.engine import Engine, build_engine, freeze_base, take_step
 from training.loss import window_loss
 from training.ranks import Ranks, join_ranks, leave_ranks
 from training.scored import score_predictions

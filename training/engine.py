@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.adamw import AVERAGE, IS_FROZEN, AdamW
+from training.adamw import IS_FROZEN, AdamW
 from training.config import EngineConfig, OptimizerConfig, TrainConfig
 from training.ranks import Ranks
 from training.tensorar import TensorAR, is_of_base
@@ -191,70 +191,6 @@ def freeze_base(engine: Engine, *, is_frozen: bool) -> None:
     for group in engine.optimizer.param_groups:
         if group.get(_IS_BASE):
             group[IS_FROZEN] = is_frozen
-
-
-def full_weights(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
-    """Return the whole float32 weights by name, on the CPU; called by every rank.
-
-    Args:
-        engine: of any ZeRO stage.
-        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415  (see `build_engine`)
-
-    masters = _whole_masters(engine)
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        if is_kept:
-            weights[name] = _to_cpu(masters.get(parameter, parameter) if full is None else full)
-    return weights
-
-
-def _whole_masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
-    """The float32 weights of each bfloat16 parameter at ZeRO 0, where every rank holds all of them; else empty."""
-    pairs = zip(
-        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=False
-    )
-    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-
-
-def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def link_optimizer_states(engine: Engine) -> None:
-    """Make DeepSpeed's access to optimiser states by parameter whole, at ZeRO 1 and 2.
-
-    DeepSpeed 0.19.8 links parameters to states once, after the step of the first parameter group, when the states of
-    the other groups (here: what does not decay) do not exist yet; reading those then fails.
-    """
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        engine.optimizer._hp_optimizer_states_linked = False
-        link()
-
-
-def full_average(engine: Engine, *, is_kept: bool) -> dict[str, torch.Tensor]:
-    """Return the whole float32 moving average of the weights by name, on the CPU; called by every rank.
-
-    Args:
-        engine: of any ZeRO stage, with `optimizer.ema_decay` set, after at least one step.
-        is_kept: ranks that pass False take part, keep nothing and get an empty dict.
-    """
-    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415  (see `build_engine`)
-
-    link_optimizer_states(engine)
-    masters = _whole_masters(engine)
-    averages: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_optimizer_state(parameter, AVERAGE)
-        if full is None:  # ZeRO 0: what never had a gradient has no state, and is its own average
-            master = masters.get(parameter, parameter)
-            full = engine.optimizer.state[master].get(AVERAGE, master)
-        if is_kept:
-            averages[name] = _to_cpu(full)
-    return averages
 
 
 def take_step(engine: Engine, *, may_update: bool) -> float | None:

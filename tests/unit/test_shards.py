@@ -220,29 +220,6 @@ def test_samples_read_back_in_any_order(tmp_path: Path, codebook_size: int, dtyp
         reader.sample(3)
 
 
-def test_codes_of_many_samples_read_in_one_go(tmp_path: Path) -> None:
-    path = write(tmp_path / "00000.tar", num=9)
-    codes_NVT = reader_of(path).read_codes(np.array([7, 0, 7, 8]))
-    expected = np.arange(8).reshape(1, 2, 4) + 100 * np.array([7, 0, 7, 8]).reshape(4, 1, 1)
-    np.testing.assert_array_equal(codes_NVT, expected)
-    assert codes_NVT.dtype == np.uint16
-    for bad in ([0, 9], [-1, 0]):
-        with pytest.raises(IndexError, match=r"\[0, 9\)"):
-            reader_of(path).read_codes(np.array(bad))
-
-
-def test_codes_of_two_shapes_do_not_read_in_one_go(tmp_path: Path) -> None:
-    path = tmp_path / "00000.tar"
-    with ShardWriter(path, codebook_size=1024) as writer:
-        for position, shape in enumerate([(1, 8), (1, 8), (2, 4)]):
-            codes = np.zeros(shape, dtype=np.uint16)
-            writer.add(ShardSample(key=f"{position}", codes_VT=codes, metadata={}))
-        index_path(path).write_bytes(writer.close().index)
-    assert reader_of(path).read_codes(np.array([0, 1])).shape == (2, 1, 8)
-    with pytest.raises(ArtifactError, match=r"sample 2 .*another header than that of sample 0"):
-        reader_of(path).read_codes(np.array([0, 1, 2]))
-
-
 def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
     path = write(tmp_path / "00000.tar")
     read = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
