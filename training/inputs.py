@@ -121,7 +121,7 @@ def with_own_drafts(inputs: Inputs, model: nn.Module, *, config: TrainConfig, st
 
 def uses_own_drafts(config: TrainConfig, *, step: int) -> bool:
     """Return whether the whole global batch of a step trains on own drafts: a draw of (seed, step)."""
-    if config.model.window_size == 1 or config.noise.own_draft_fraction == 0.0:
+    if config.model.window_size == 1:
         return False
     return _step_word(config, Purpose.OWN_DRAFT_STEPS, step=step) < int(config.noise.own_draft_fraction * 2**64)
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from synthetic_shards import train_config
+from test_order import word_by_hand
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from training import noise
 from training.config import TrainConfig
 from training.gpt import Readout
 from training.inputs import betas_of_step, dropout_seed, make_inputs, uses_own_drafts, with_own_drafts
@@ -82,6 +85,20 @@ def test_windows_of_a_step_are_noised_by_its_jittered_betas() -> None:
     assert {betas_of_step(config, step=step)[1] > 0.0 for step in (1, 2, 3, 4)} == {True, False}
 
 
+def test_what_a_step_draws_for_all_samples_are_words_of_its_number() -> None:
+    seed, step = 2**40 + 3, 9
+    key = [(seed & 0xFFFFFFFF, purpose | seed >> 32 << 8) for purpose in (0x13, 0x14, 0x16)]
+    own_drafts, jitter = word_by_hand(step, key=key[0], stream=0), word_by_hand(step, key=key[2], stream=0)
+    for above, is_on_own_drafts in ((0, False), (1, True)):
+        config = config_of(fraction=((own_drafts >> 11) + above) / 2**53, seed=seed)
+        assert uses_own_drafts(config, step=step) is is_on_own_drafts
+    config = config_of(schedule="linear", beta_jitter=0.2, seed=seed)
+    shift = 0.2 * (2 * jitter / 2**64 - 1)
+    assert betas_of_step(config, step=step)[1] == pytest.approx(1 / 3 + shift, abs=1e-14)
+    word = word_by_hand(5 << 32 | 6, key=key[1], stream=step)
+    assert dropout_seed(config, step=step, micro_step=5, rank=6) == word // 2
+
+
 def test_dropout_has_a_seed_of_its_own_for_each_step_micro_step_and_rank() -> None:
     places = [(step, micro_step, rank) for step in (1, 2) for micro_step in (0, 1) for rank in (0, 1)]
     seeds = [
@@ -91,6 +108,52 @@ def test_dropout_has_a_seed_of_its_own_for_each_step_micro_step_and_rank() -> No
     ]
     assert len(set(seeds)) == 16
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "shared"])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_the_draws_of_a_step_are_those_of_its_seed_number_and_samples(name: str, coupling: str) -> None:
+    config = config_of(seed=2**40 + 3, schedule="linear", coupling=coupling)
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"ops": name})})
+    codes = torch.randint(16, (6, config.model.num_positions), generator=torch.Generator().manual_seed(0))
+    labels, counters = torch.tensor([0, 1, 2, 3, -1, 0]), torch.tensor([7, 2**35, 0, 1, 2, 12])
+    arrays = (codes.numpy(), labels.numpy(), counters.numpy())
+    inputs = make_inputs(*arrays, config=config, step=9, label_dropout=0.5, device=torch.device("cpu"))
+    draws: dict[str, Any] = {"seed": 2**40 + 3, "step": 9, "sample_counters_B": counters}
+    betas = (0.0, 1 / 3, 2 / 3, 1.0)
+    windows = noise.noise_windows(codes, betas=betas, codebook_size=16, coupling=coupling, **draws)  # type: ignore[arg-type]
+    assert torch.equal(inputs.windows_BTK, windows)
+    dropped = noise.drop_labels(labels, fraction=0.5, null_label=config.model.num_classes, **draws)
+    assert torch.equal(inputs.labels_B, dropped)
+    assert 1 < int((dropped == config.model.num_classes).sum()) < 6
+    assert torch.equal(inputs.counters_B, counters)
+    drafted = with_own_drafts(inputs, PrefersOneCode(), config=config, step=9)
+    expected = noise.draft_windows(PrefersOneCode(), windows, dropped, **draws)
+    assert torch.equal(drafted.windows_BTK, expected)
+    assert drafted.labels_B is inputs.labels_B
+
+
+class _Ops(TorchDispatchMode):
+    """Names of the ops of this project that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tensorar":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "called"), [("native", ["noise_windows"]), ("reference", [])])
+def test_noise_is_made_by_the_ops_that_were_asked_for(name: str, called: list[str]) -> None:
+    config = config_of(schedule="linear")
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"ops": name})})
+    codes_BT, zeros_B = np.zeros((2, config.model.num_positions), dtype=np.int64), np.zeros(2, dtype=np.int64)
+    with _Ops() as seen:
+        make_inputs(codes_BT, zeros_B, zeros_B, config=config, step=1, label_dropout=0.0, device=torch.device("cpu"))
+    assert seen.names == called
 
 
 class PredictsOneCode(torch.nn.Module):

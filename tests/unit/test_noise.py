@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import philox
 from torch import Tensor, nn
 
 from training.config import ModelConfig, NoiseConfig
@@ -102,9 +103,20 @@ def test_a_code_is_replaced_from_the_very_threshold_of_its_word_on() -> None:
     cell = cell_of(torch.tensor(0), torch.tensor(1))
     words = draw_words(Purpose.NOISE_INDEPENDENT, seed=3, samples=torch.tensor(0), step=7, cells=cell)
     word = int(words[0])
-    kept, replaced = (_noise(codes, betas=(0.0, threshold / 2**32))[0, 0, 1] for threshold in (word, word + 1))
-    assert int(kept) == V
+    # 0.6 of a step above the word is cut off, not rounded to the next.
+    kept, cut, replaced = (
+        _noise(codes, betas=(0.0, threshold / 2**32))[0, 0, 1] for threshold in (word, word + 0.6, word + 1)
+    )
+    assert int(kept) == int(cut) == V
     assert int(replaced) == int(words[1]) * V // 2**32
+
+
+def test_windows_without_noise_are_memory_of_their_own() -> None:
+    codes = torch.arange(4)[None]
+    windows = _noise(codes, betas=(0.0, 0.0, 0.0))
+    windows[0, 0, 1] = 99  # the same code as of window 1 at offset 0
+    assert windows[0].tolist() == [[0, 99, 2], [1, 2, 3], [2, 3, 0], [3, 0, 0]]
+    assert codes.tolist() == [[0, 1, 2, 3]]
 
 
 def test_offset_0_is_always_the_true_code() -> None:
@@ -202,6 +214,84 @@ def test_own_drafts_follow_the_models_distribution_and_temperature() -> None:
         assert measured.tolist() == pytest.approx(shares, abs=5 * 0.5 / 8000**0.5)
 
 
+class _Logits(nn.Module):
+    """Predicts the same whatever it reads; `logits` broadcast to (B, T, K, V)."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, windows: Tensor, labels: Tensor, *, readout: Readout) -> Tensor:
+        num_codes = self.logits.shape[-1]
+        logits = self.logits.expand(*windows.shape, num_codes)
+        drafts: Tensor = readout(logits, torch.eye(num_codes, dtype=logits.dtype))
+        return drafts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_own_draft_is_where_its_uniform_meets_the_running_probability(dtype: torch.dtype) -> None:
+    seed, step, counters = 2**40 + 9, 77, (3, 2**33 + 1)
+    drafts = draft_windows(
+        _Logits(torch.zeros(1000, dtype=dtype)),  # code c lies between c / 1000 and (c + 1) / 1000
+        torch.zeros(2, 4, 3, dtype=torch.int64),
+        torch.zeros(2),
+        seed=seed,
+        step=step,
+        sample_counters_B=torch.tensor(counters),
+    )
+    for sample, counter in enumerate(counters):
+        for position in range(4):
+            for offset in (1, 2):
+                words = philox(
+                    (counter & 0xFFFFFFFF, counter >> 32, step, position << 16 | offset),
+                    (seed & 0xFFFFFFFF, 3 | seed >> 32 << 8),
+                )
+                assert int(drafts[sample, position, offset]) == int(((words[0] >> 9) + 0.5) / 2**23 * 1000)
+
+
+def test_own_drafts_come_from_the_windows_and_labels_of_their_sample() -> None:
+    class Reads(nn.Module):
+        def forward(self, windows: Tensor, labels: Tensor, *, readout: Readout) -> Tensor:
+            codes = (windows + 10 * labels[:, None, None]) % V
+            drafts: Tensor = readout(nn.functional.one_hot(codes, V).float().mul(1000.0), torch.eye(V))
+            return drafts
+
+    windows = torch.tensor([[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 0, 1]]])
+    drafts = draft_windows(Reads(), windows, torch.tensor([0, 3]), seed=0, step=1, sample_counters_B=torch.arange(2))
+    assert drafts.tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 37, 38], [9, 30, 31]]]
+
+
+def test_the_largest_uniform_draws_no_code_of_probability_0() -> None:
+    counter = 2_141_342  # its word at step 1, window 0 and offset 1 is all ones above bit 9
+    assert philox((counter, 0, 1, 1), (0, 3))[0] >> 9 == 2**23 - 1
+    logits = torch.randn(2000, 1, 1, 9, generator=torch.Generator().manual_seed(0))
+    logits[..., 8] = -1e9
+    sums = torch.softmax(logits, -1).double().sum(-1)
+    assert float(sums.min()) < 1 - 2**-24  # rounded, probabilities may sum to less than the largest uniform
+    drafts = draft_windows(
+        _Logits(logits.expand(-1, -1, 2, -1)),
+        torch.zeros(2000, 1, 2, dtype=torch.int64),
+        torch.zeros(2000),
+        seed=0,
+        step=1,
+        sample_counters_B=torch.full((2000,), counter),
+    )
+    assert drafts[:, 0, 1].unique().tolist() == [7]
+
+
+def test_own_drafts_of_a_model_that_is_not_finite_are_codes_all_the_same() -> None:
+    drafts = draft_windows(
+        _Logits(torch.full((5,), float("nan"))),
+        torch.zeros(2, 3, 2, dtype=torch.int64),
+        torch.zeros(2),
+        seed=0,
+        step=1,
+        sample_counters_B=torch.arange(2),
+    )
+    assert int(drafts.min()) >= 0
+    assert int(drafts.max()) < 5  # the step's loss says what is wrong; an index out of range would end the run
+
+
 def test_own_drafts_do_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
     config = ModelConfig(
@@ -227,6 +317,20 @@ def test_labels_are_dropped_at_their_share_and_missing_ones_always() -> None:
     assert (kept == 10).double().mean().item() == pytest.approx(0.1, abs=5 * 0.3 / 100)
     alone = drop_labels(labels[7:9], fraction=0.1, null_label=10, seed=0, step=5, sample_counters_B=counters[7:9])
     assert torch.equal(alone, dropped[7:9])
+
+
+def test_a_label_is_dropped_up_to_the_very_threshold_of_its_word() -> None:
+    word = philox((5, 2, 7, 0), (3, 4 | 1 << 8))[0]  # sample 2 * 2**32 + 5, step 7, seed 2**32 + 3
+    for threshold, expected in ((word, 1), (word + 0.6, 1), (word + 1, 10)):
+        dropped = drop_labels(
+            torch.tensor([1]),
+            fraction=threshold / 2**32,
+            null_label=10,
+            seed=2**32 + 3,
+            step=7,
+            sample_counters_B=torch.tensor([2 * 2**32 + 5]),
+        )
+        assert dropped.tolist() == [expected]
 
 
 def test_no_label_is_dropped_at_fraction_0_and_every_one_at_1() -> None:

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from test_ops import philox
 from torch import Tensor
 
 from training.config import ModelConfig
@@ -157,6 +158,26 @@ def test_predictions_outside_the_image_do_not_count() -> None:
     assert float(result.loss_of_offset_K[1]) == pytest.approx(4 * (entropy(3, 1) + entropy(7, 1)) / 8)
     assert float(result.loss_of_offset_K[2]) == pytest.approx(4 * entropy(3, 2) / 7)
     assert float(result.accuracy_of_offset_K[2]) == float(logits[0, 3, 2].argmax() == codes[0, 5])
+
+
+def test_an_offset_of_which_a_phase_scores_nothing_measures_0_and_no_nan() -> None:
+    model, (codes, windows, labels) = trained_like(), batch(1)
+    scored = score_predictions(codes, window_size=K, stride=9, phases_BK=torch.tensor([[0, 0, 8]]))
+    assert {offset for _, offset in pairs(scored, 0)} == {0, 1}  # offset 2 at position 8 would predict code 10 of 9
+    result = window_loss(model, windows, labels, scored=scored)
+    assert result.loss.isfinite()
+    assert (float(result.loss_of_offset_K[2]), float(result.accuracy_of_offset_K[2])) == (0.0, 0.0)
+
+
+def test_a_phase_is_the_word_of_its_sample_step_and_offset() -> None:
+    seed, step, counters = 2**40 + 9, 77, (3, 2**33 + 1)
+    phases = draw_phases(window_size=4, stride=1000, seed=seed, step=step, sample_counters_B=torch.tensor(counters))
+    for drawn, counter in zip(phases.tolist(), counters, strict=True):
+        words = [
+            philox((counter & 0xFFFFFFFF, counter >> 32, step, offset), (seed & 0xFFFFFFFF, 6 | seed >> 32 << 8))
+            for offset in (1, 2, 3)
+        ]
+        assert drawn == [0, *(word[0] * 1000 // 2**32 for word in words)]
 
 
 def test_phases_are_uniform_fresh_and_the_samples_own() -> None:
