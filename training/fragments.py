@@ -108,10 +108,10 @@ def restore_fragments(
         for piece in master.pieces:
             by_name.setdefault(piece.name, []).append((master, piece))
     missing = sum(piece.num_elements for pieces in by_name.values() for _, piece in pieces)
-    for file in files:
+    for file in files if missing else ():
+        missing -= _restore_from(engine, file, by_name)
         if missing == 0:
             break
-        missing -= _restore_from(engine, file, by_name)
     if missing:
         raise ArtifactError(
             f"resume: the files must hold every element of the model, got none of {missing} of them; verify the run "

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.order import EpochOrder, Place, SampleStream, draw_replacements, draw_views, rank_slice
 
-SHARD_SETS = [(1,), (5,), (3, 1, 4), (2, 2, 2, 2, 2, 2, 2), (7, 1, 1, 9, 3)]
+SHARD_SETS = [(1,), (5,), (3, 1, 4), (3, 1, 4, 2), (2, 2, 2, 2, 2, 2, 2), (7, 1, 1, 9, 3)]
 
 
 def order_of(samples_per_shard: tuple[int, ...], **changes: int) -> list[int]:
@@ -80,6 +80,8 @@ def test_ranks_share_a_global_batch_without_gap_or_overlap(world_size: int) -> N
 def test_batch_that_does_not_divide_names_a_right_value() -> None:
     with pytest.raises(ValueError, match=r"multiple of world_size 5, got 12; use 10"):
         rank_slice(global_batch_size=12, rank=0, world_size=5)
+    with pytest.raises(ValueError, match=r"multiple of world_size 5, got 3; use 5"):
+        rank_slice(global_batch_size=3, rank=0, world_size=5)
 
 
 def test_views_are_uniform_and_fixed_per_seed_and_epoch() -> None:
@@ -152,3 +154,6 @@ def test_replacements_are_draws_of_the_sample_and_the_epoch() -> None:
     assert len({tuple(draw) for draw in draws}) == 8
     assert all(0 <= candidate < 50 for draw in draws for candidate in draw)
     assert draw_replacements(1, num_candidates=50, count=64, seed=1, epoch=1, part=1).tolist() == draws[-1]
+    words = [word_by_hand(7 * 64 + number, key=(1, 0x15), stream=3 << 40 | 9) for number in range(64)]
+    drawn = draw_replacements(7, num_candidates=50, count=64, seed=1, epoch=9, part=3).tolist()
+    assert drawn == [(word >> 32) * 50 >> 32 for word in words]
