@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from disk_calls import record_disk_calls
+from forbidden import forbidden
 from synthetic_checkpoints import FILES, flip_a_bit, prepare, record_of, remove, truncate, write_checkpoint
 
 from pipeline.local_storage import LocalStorage
@@ -51,6 +52,35 @@ def test_committed_checkpoint_is_whole_and_newest_last(storage: Storage) -> None
     assert newest.state.model_dump() == state
     names = sorted(path.name for path in path_of(storage, 100).iterdir())
     assert names == ["rank_00000.safetensors", "rank_00001.safetensors", "record.json"]
+
+
+def test_steps_beyond_eight_digits_are_steps(storage: Storage) -> None:
+    for step in (99_999_999, 123_456_789):
+        write_checkpoint(storage, step)
+    assert list_checkpoints(storage) == [99_999_999, 123_456_789]
+
+
+def test_other_names_and_files_are_no_checkpoints(storage: Storage) -> None:
+    write_checkpoint(storage, 8)
+    for name in ("step_00000016.old/record.json", "old_step_00000016/record.json", "step_00000024", "step_16/x"):
+        storage.write_bytes(f"checkpoints/{name}", b"{}")
+    assert list_checkpoints(storage) == [8]
+
+
+def test_a_record_that_may_not_be_read_is_passed_over(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+    for name in ("record.json", "rank_00001.safetensors"):
+        with forbidden(Path("checkpoints/step_00000016", name)):
+            here = LocalStorage(Path())
+            (problem,) = verify_checkpoint(here, 16)
+            newest = newest_whole_checkpoint(here)
+        assert "ermission denied" in problem
+        assert newest is not None
+        assert newest.step == 8
 
 
 def test_run_without_checkpoints_has_no_newest(storage: Storage) -> None:
@@ -221,6 +251,25 @@ def test_leftovers_of_a_killed_save_are_removed_and_nothing_else(storage: Storag
     prepare(storage, 16)
     remove_partial(storage)
     assert [path.name for path in path_of(storage, 8).parent.iterdir()] == ["step_00000008"]
+
+
+def test_a_removal_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+
+    def killed(path: Path) -> None:
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove_old_checkpoints(storage, keep_latest=1, keep_every_n_steps=None, newest_step=16)
+    assert list_checkpoints(storage) == [16]
+    remove_partial(storage)
+    assert [path.name for path in path_of(storage, 16).parent.iterdir()] == ["step_00000016"]
 
 
 def test_retention_keeps_the_newest_and_never_loses_the_only_whole_one(storage: Storage) -> None:

@@ -1,6 +1,7 @@
 """What is decided about a failed run: whether to start again, with how many ranks, and when to give up."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from synthetic_checkpoints import write_checkpoint
 from synthetic_shards import train_config
 
-from jobs.ray_ranks import RanksFailedError, describe_failure, is_worth_retrying
-from jobs.restart import RestartCount, config_of_ranks, possible_ranks
+from jobs.ray_ranks import Outcome, RanksFailedError, describe_failure, is_worth_retrying
+from jobs.restart import RestartCount, config_of_ranks, newest_step, possible_ranks
 from pipeline.storage import ArtifactError, StorageUnavailableError, open_storage
 from training.config import TrainConfig
+from training.loop import TrainResult
 from training.ops import NativeOpError
 
 DEATH = RanksFailedError("its process died", rank=1, is_worth_retrying=True, is_preemption=False)
@@ -95,6 +97,7 @@ def test_failures_in_a_row_are_counted_until_a_new_checkpoint(tmp_path: Path) ->
     with pytest.raises(RanksFailedError, match="2 restarts in a row made no new checkpoint") as caught:
         count.note_failure(DEATH)
     assert caught.value.rank == 1
+    assert not caught.value.is_worth_retrying
     lines = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
     assert [(line["failures_in_a_row"], line["from_step"]) for line in lines] == [(1, 0), (2, 0), (1, 4), (2, 4)]
 
@@ -103,8 +106,50 @@ def test_a_preemption_is_not_counted(tmp_path: Path) -> None:
     count = RestartCount(job(tmp_path, cluster={"max_failures": 0}))
     count.note_start(2)
     count.note_failure(RanksFailedError("preempted", rank=0, is_worth_retrying=True, is_preemption=True))
-    with pytest.raises(RanksFailedError, match="its process died"):
+    with pytest.raises(RanksFailedError, match=r"^rank 1 failed: its process died$"):  # no restart to speak of
         count.note_failure(DEATH)
+
+
+def test_a_stop_in_good_order_ends_a_row_of_failures(tmp_path: Path) -> None:
+    count = RestartCount(job(tmp_path, cluster={"max_failures": 1}))
+    count.note_start(2)
+    count.note_failure(DEATH)
+    count.note_start(2)
+    stopped = TrainResult(step=4, is_finished=False, checkpoint="step_00000004")
+    count.note_preemption(Outcome(result=stopped, preempted_nodes=("a", "b")))
+    count.note_start(1)
+    count.note_failure(DEATH)  # would be the second in a row
+    lines = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
+    assert [(line["cause"], line["failures_in_a_row"], line["num_ranks"]) for line in lines] == [
+        ("rank 1 failed: its process died", 1, 2),
+        ("nodes a, b are taken away, all was saved", 0, 1),
+    ]
+
+
+def test_a_restart_that_could_not_be_recorded_is_recorded_with_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = RestartCount(job(tmp_path, cluster={"max_failures": 9}))
+    for in_the_way in (False, True, False, False):
+        count.note_start(2)
+        count.note_failure(DEATH)
+        if in_the_way:
+            (tmp_path / "restarts.jsonl").rename(tmp_path / "kept")
+            (tmp_path / "restarts.jsonl" / "directory").mkdir(parents=True)
+        elif (tmp_path / "kept").exists():
+            assert "restarts.jsonl lacks this restart" in caplog.text
+            shutil.rmtree(tmp_path / "restarts.jsonl")
+            (tmp_path / "kept").rename(tmp_path / "restarts.jsonl")
+    count.note_start(2)
+    lines = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
+    assert [line["failures_in_a_row"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_records_are_all_damaged_is_at_step_0_for_the_count(tmp_path: Path) -> None:
+    commit_step(tmp_path, 8)
+    assert newest_step(job(tmp_path)) == 8
+    (tmp_path / "checkpoints" / "step_00000008" / "record.json").write_bytes(b"{")
+    assert newest_step(job(tmp_path)) == 0  # the ranks tell what is wrong
 
 
 def test_an_error_that_would_come_again_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_files_that_do_not_hold_each_element_once_are_not_committed(tmp_path: Pa
 
 
 def test_a_commit_removes_the_checkpoints_that_the_spec_does_not_keep(tmp_path: Path) -> None:
-    kept = {"checkpoint__keep_latest": 2, "checkpoint__keep_every_n_steps": 8, "checkpoint__every_n_steps": 4}
+    kept = {"checkpoint__keep_latest": 3, "checkpoint__keep_every_n_steps": 8, "checkpoint__every_n_steps": 4}
     for step in (4, 8, 12, 16, 20):
         state = STATE.model_copy(update={"step": step})
         save = _Write(
@@ -134,7 +134,7 @@ def test_a_commit_removes_the_checkpoints_that_the_spec_does_not_keep(tmp_path: 
         layout = FragmentLayout(kinds=("weights",), fragments={"a": (0, 12)})
         save.write_file(layout, [np.zeros(12, dtype=np.float32)])
         save.commit(record_of(step).model_copy(update={"files": ()}))
-    assert list_checkpoints(LocalStorage(tmp_path)) == [8, 16, 20]
+    assert list_checkpoints(LocalStorage(tmp_path)) == [8, 12, 16, 20]
 
 
 class Model(torch.nn.Module):

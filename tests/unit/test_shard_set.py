@@ -228,6 +228,8 @@ def test_a_rerun_skips_only_what_is_as_its_record_says(
 ) -> None:
     change(root)
     assert finished_units(root) == left
+    # No record vouches for what is about to be replaced.
+    assert sorted(path.stem for path in (root / "set" / "ledger").glob("*.json")) == [f"{unit:05d}" for unit in left]
 
 
 def test_the_contents_of_what_was_moved_are_read_once(root: Path) -> None:
@@ -291,6 +293,23 @@ def test_another_tokenizer_in_the_same_directory_is_refused_naming_the_fields(ro
         check_identity(open_storage(str(root / "set")), config=config, plan=the_plan, fingerprint=fingerprint)
 
 
+def test_a_ledger_whose_plan_is_lost_or_damaged_is_nobodys(root: Path) -> None:
+    config, storage = config_of(root), open_storage(str(root / "set"))
+    fingerprint = Tokenizer.load(config.tokenizer).fingerprint
+    the_plan = with_begun_keys(storage, make_source(config.source, s3=config.s3).plan())
+    begun_with = check_identity(storage, config=config, plan=the_plan, fingerprint=fingerprint)
+    (root / "set" / "plan.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"plan\.json must be JSON, got .*; use another run_dir"):
+        check_identity(storage, config=config, plan=the_plan, fingerprint=fingerprint)
+    (root / "set" / "plan.json").unlink()
+    with pytest.raises(ArtifactError, match=r"plan\.json is missing beside a ledger; use another run_dir"):
+        check_identity(storage, config=config, plan=the_plan, fingerprint=fingerprint)
+    assert not (root / "set" / "plan.json").exists()
+    shutil.rmtree(root / "set" / "ledger")
+    assert check_identity(storage, config=config, plan=the_plan, fingerprint=fingerprint) == begun_with
+    assert json.loads((root / "set" / "plan.json").read_text()) == begun_with
+
+
 def test_a_set_keeps_the_key_widths_that_it_was_begun_with(root: Path) -> None:
     storage = open_storage(str(root / "set"))
     with (root / "tars" / "00001.tar").open("ab") as file:
@@ -299,7 +318,7 @@ def test_a_set_keeps_the_key_widths_that_it_was_begun_with(root: Path) -> None:
     assert (grown.keys.key(1, 7), with_begun_keys(storage, grown).keys.key(1, 7)) == ("000010007", "0000107")
     edit_json(root / "set" / "plan.json", lambda plan: plan.update(position_digits=3))  # as a version before chose
     assert with_begun_keys(storage, grown).keys.key(1, 7) == "00001007"
-    for damaged in ("{", "[]", '{"unit_digits": null}'):
+    for damaged in ("{", "[]", '{"unit_digits": null}', '{"unit_digits": 5}', '{"unit_digits": "x"}'):
         (root / "set" / "plan.json").write_text(damaged)
         assert with_begun_keys(storage, grown) == grown
     (root / "set" / "plan.json").unlink()

@@ -42,6 +42,18 @@ def test_a_run_goes_on_with_the_samples_and_the_tokenizer_that_it_began_with(run
     assert record.step == 8
 
 
+def test_what_a_killed_save_left_is_removed_before_the_run_goes_on(run: Path) -> None:
+    prepare(LocalStorage(run), 16)
+    record = found(run, fingerprint=fingerprint_of(), training_set=TRAINED_ON)
+    assert record is not None
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000008"]
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    prepare(LocalStorage(tmp_path / "run"), 16)
+    assert found(tmp_path / "run", fingerprint=fingerprint_of(), training_set=TRAINED_ON) is None
+
+
 def test_codes_of_another_tokenizer_are_refused(run: Path) -> None:
     with pytest.raises(
         ArtifactError,

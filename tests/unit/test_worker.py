@@ -1,18 +1,20 @@
 """One work unit: codes as by hand, every sample accounted for, the record last."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch._inductor.config
+from disk_calls import record_disk_calls
 from toy_corpus import png, sample_members, tokenize_config, write_tar, write_tiny_tokenizer
 
 from pipeline.config import RulesConfig, TokenizeConfig
 from pipeline.ledger import LedgerRecord, read_record
 from pipeline.prepare import broken_rule
 from pipeline.rejects import read_rejects
-from pipeline.shards import read_shard
+from pipeline.shards import ShardWriter, WrittenShard, read_shard
 from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError, open_storage
 from pipeline.worker import UnitTokenizer
@@ -171,6 +173,55 @@ def test_a_unit_that_lost_a_sample_has_no_record(
     ):
         run(config)
     assert not list((tmp_path / "set").glob("ledger/*"))
+
+
+def test_files_are_on_disk_before_what_speaks_of_them(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "00000.tar", [*sample_members(0), ("torn.png", png(1)[:-40])])
+    calls = record_disk_calls(monkeypatch, root=tmp_path)
+    record = run(config_of(tmp_path, weights))
+    assert [call for call in calls if call.startswith("rename")] == [
+        f"rename to set/{name}"
+        for name in ("shards/00000.tar.idx", "shards/00000.tar", "rejects/00000.parquet", "ledger/00000.json")
+    ]
+    assert record.shard is not None
+    shard = (tmp_path / "set" / "shards" / "00000.tar").read_bytes()
+    assert (record.shard.bytes, record.shard.sha256) == (len(shard), hashlib.sha256(shard).hexdigest())
+
+
+def test_a_shard_that_does_not_read_back_is_not_committed(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "00000.tar", sample_members(0))
+    close = ShardWriter.close
+
+    def lossy(self: ShardWriter) -> WrittenShard:
+        written = close(self)
+        for path in (tmp_path / "set" / "shards").iterdir():
+            path.write_bytes(path.read_bytes()[:-512])  # what a disk that loses a write would leave
+        return written
+
+    monkeypatch.setattr(ShardWriter, "close", lossy)
+    with pytest.raises(OSError, match=r"must read back, got \d+ with .*; check the disk"):
+        run(config_of(tmp_path, weights))
+    assert [path for path in (tmp_path / "set").rglob("*") if path.is_file()] == []
+
+
+def test_samples_that_were_read_count_until_their_unit_is_done(tmp_path: Path, weights: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [member for number in range(3) for member in sample_members(number)])
+    config = config_of(tmp_path, weights)
+    plan = make_source(config.source, s3=config.s3).plan()
+    digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    tokenizer = UnitTokenizer(config, keys=plan.keys, fingerprint_digest=digest)
+    for number in range(2):
+        assert tokenizer.num_read() == 0
+        record = tokenizer.run(plan.units[0]).record
+        assert record.counts.num_read == 3, number
+    (tmp_path / "00000.tar").unlink()
+    with pytest.raises((ArtifactError, OSError)):
+        tokenizer.run(plan.units[0])
+    assert tokenizer.num_read() == 0
 
 
 def test_a_torn_tar_commits_nothing(tmp_path: Path, weights: Path) -> None:
