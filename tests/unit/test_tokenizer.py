@@ -203,11 +203,11 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ("{", "Invalid JSON"),
+        ("{", "invalid JSON"),
         ("[]", "should be an object"),
-        ('{"format_version": 1, "weights_sha256": "ab"}', "network: Field required"),
-        ('{"format_version": 2, "network": {}, "weights_sha256": "ab"}', "format_version: Input should be 1"),
-        ('{"format_version": 1, "network": {"channels": "many"}, "weights_sha256": "ab"}', "network.channels: Input"),
+        ('{"format_version": 1, "weights_sha256": "ab"}', "network: field required"),
+        ('{"format_version": 2, "network": {}, "weights_sha256": "ab"}', "format_version: input should be 1"),
+        ('{"format_version": 1, "network": {"channels": "many"}, "weights_sha256": "ab"}', "network.channels: input"),
     ],
     ids=["no JSON", "a list", "no network", "a later version", "no shape"],
 )
