@@ -1,6 +1,9 @@
 """A save as each rank does it: whole or not there at all; and the states of an engine, to files and back."""
 
+import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +27,7 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.fragment_file import FragmentFile, FragmentLayout, write_fragments
-from training.fragments import Fragments, restore_fragments
+from training.fragments import Fragments, parameter_shapes, restore_fragments
 from training.ranks import Ranks
 from training.resume import resume_engine
 from training.saver import CheckpointWriter, _Write
@@ -60,9 +63,11 @@ class TwoSaves:
 
 def test_the_files_of_all_ranks_are_committed_in_rank_order_whoever_is_first(tmp_path: Path) -> None:
     saves = TwoSaves(tmp_path)
-    thread = threading.Thread(target=lambda: (saves.write(saves.second, 6, 12), saves.write(saves.first, 0, 6)))
-    thread.start()  # rank 0 waits for both
-    saves.first.commit(saves.record)
+    saves.write(saves.second, 6, 12)
+    thread = threading.Thread(target=saves.first.commit, args=(saves.record,))
+    thread.start()
+    time.sleep(0.1)  # it has read the one report and waits for the other
+    saves.write(saves.first, 0, 6)
     thread.join()
     assert [file.name for file in read_record(saves.storage, 8).files] == [
         "rank_00000.safetensors",
@@ -80,6 +85,24 @@ def test_the_files_of_all_ranks_are_committed_in_rank_order_whoever_is_first(tmp
         "rank_00001.safetensors",
         "record.json",
     ]
+
+
+def test_a_rank_whose_report_is_read_before_its_write_returns_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = TwoSaves(tmp_path)
+    saves.write(saves.first, 0, 6)
+    for name in ("replace", "rename"):
+        rename = getattr(os, name)
+
+        def watched(old: Path, new: Path, rename: Callable[[Path, Path], None] = rename) -> None:
+            rename(old, new)
+            if Path(new).name == "rank_00001.ours.json":
+                saves.first.commit(saves.record)  # which takes away the directory that the report is in
+
+        monkeypatch.setattr(os, name, watched)
+    saves.write(saves.second, 6, 12)
+    assert list_checkpoints(saves.storage) == [8]
 
 
 def test_a_rank_that_never_reports_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
@@ -200,10 +223,102 @@ def test_the_files_of_any_number_of_ranks_give_back_every_bit(tmp_path: Path, wo
     assert sorted(held) == sorted(
         (name, index) for name, parameter in Model().named_parameters() for index in range(parameter.numel())
     )
+    assert all(start < end for file in files for start, end in file.layout.fragments.values())
     for order in (files, files[::-1]):
         restored = engine_of(seed=1)
         restore_fragments(restored, order, optimizer_steps=3)
         assert equal(states_of(restored), states_of(engine_of(num_steps=3)))
+
+
+def partition_of(*, rank: int, world_size: int) -> tuple[Any, slice]:
+    """What fragments read of an engine under ZeRO 1 or 2, and which of all elements end to end its rank holds."""
+    module = Model()
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    length = -(-sum(sizes) // world_size)  # the last one is padded
+    own = slice(rank * length, (rank + 1) * length)
+    first = 0
+    for parameter, size in zip(module.parameters(), sizes, strict=True):
+        start, end = max(first, own.start), min(first + size, own.stop)
+        of_weights = SimpleNamespace(start=start - first)
+        of_master = SimpleNamespace(start=start - own.start, numel=end - start)
+        mapping = SimpleNamespace(lp_fragment_address=of_weights, hp_fragment_address=of_master)
+        parameter._hp_mapping = mapping if start < end else None  # type: ignore[attr-defined]
+        first += size
+    master = torch.nn.Parameter(torch.zeros(length))
+    optimizer = SimpleNamespace(
+        bit16_groups=[list(module.parameters())],
+        single_partition_of_fp32_groups=[master],
+        num_refreshed=0,
+    )
+
+    def update_lp_params() -> None:
+        optimizer.num_refreshed += 1
+
+    optimizer.update_lp_params = update_lp_params
+    basic_optimizer = torch.optim.AdamW([master])
+    engine = SimpleNamespace(
+        module=module, optimizer=optimizer, basic_optimizer=basic_optimizer, global_rank=rank, world_size=world_size
+    )
+    return engine, own
+
+
+@pytest.mark.parametrize(("num_writers", "num_readers"), [(1, 2), (2, 2), (2, 3), (3, 2), (5, 3), (3, 5)])
+def test_partitions_of_any_number_of_ranks_take_and_give_what_is_theirs(
+    tmp_path: Path, num_writers: int, num_readers: int
+) -> None:
+    files = files_of(tmp_path / "files", world_size=num_writers)
+    whole = engine_of(num_steps=3)
+    states = [whole.basic_optimizer.state[parameter] for parameter in whole.module.parameters()]
+    expected = {
+        "weights": torch.cat([parameter.detach().flatten() for parameter in whole.module.parameters()]),
+        **{kind: torch.cat([state[kind].flatten() for state in states]) for kind in ("exp_avg", "exp_avg_sq")},
+    }
+    (tmp_path / "again").mkdir()
+    again = []
+    for rank in range(num_readers):
+        engine, own = partition_of(rank=rank, world_size=num_readers)
+        restore_fragments(engine, files, optimizer_steps=3)
+        (master,) = engine.optimizer.single_partition_of_fp32_groups
+        state = engine.basic_optimizer.state[master]
+        held = {"weights": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        for kind, values in held.items():
+            wanted = expected[kind][own]
+            assert torch.equal(values[: len(wanted)], wanted), kind
+            assert not values[len(wanted) :].any(), kind
+        assert float(state["step"]) == 3.0
+        assert engine.optimizer.num_refreshed == 1  # the weights that are computed with
+        fragments = Fragments(engine)
+        arrays = [view.numpy() for view in fragments.views()]
+        write_fragments(tmp_path / "again" / f"{rank}", fragments.layout, arrays)
+        again.append(FragmentFile(LocalStorage(tmp_path / "again"), f"{rank}"))
+    restored = engine_of(seed=1)
+    restore_fragments(restored, again, optimizer_steps=3)
+    assert equal(states_of(restored), states_of(whole))
+
+
+def test_a_rank_resumes_from_all_files_of_which_it_needs_a_part(tmp_path: Path) -> None:
+    storage, config = LocalStorage(tmp_path), config_of(tmp_path)
+    saves = [_Write(config, storage=storage, ranks=ranks_of(rank, 2), token="ours", state=STATE) for rank in (0, 1)]
+    for rank, save_of_rank in enumerate(saves):
+        fragments = Fragments(engine_of(rank=rank, world_size=2, num_steps=3))
+        save_of_rank.write_file(fragments.layout, [view.numpy() for view in fragments.views()])
+    shapes = parameter_shapes(engine_of())
+    kinds = fragments.layout.kinds
+    saves[0].commit(
+        record_of(8).model_copy(update={"files": (), "shapes": shapes, "kinds": kinds, "optimizer_steps": 3})
+    )
+    whole = torch.cat([parameter.detach().flatten() for parameter in engine_of(num_steps=3).module.parameters()])
+    for rank in (0, 1):
+        engine, own = partition_of(rank=rank, world_size=2)
+        resume_engine(engine, config=config, record=read_record(storage, 8))
+        assert torch.equal(engine.optimizer.single_partition_of_fp32_groups[0].detach(), whole[own])
+
+
+def test_what_is_not_trained_is_in_no_file() -> None:
+    engine = engine_of()
+    engine.module.base.bias.requires_grad_(False)
+    trained = {"base.weight", "input_encoder.weight", "input_encoder.bias"}
+    assert Fragments(engine).layout.fragments.keys() == parameter_shapes(engine).keys() == trained
 
 
 def test_elements_that_no_file_holds_are_counted(tmp_path: Path) -> None:
@@ -229,6 +344,7 @@ def test_the_base_model_does_not_count_the_steps_that_left_it_alone(
     states = states_of(engine)
     assert float(states["step of base.weight"]) == float(states["step of base.bias"]) == of_base
     assert float(states["step of input_encoder.weight"]) == 3.0
+    assert Fragments(engine).optimizer_steps == 3
 
 
 def test_a_state_without_a_step_restores_as_one(tmp_path: Path) -> None:

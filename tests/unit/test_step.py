@@ -232,3 +232,22 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_names_its_suspects(watch
     for name, value in engine.module.state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
     assert engine.num_micro_steps == MICRO_STEPS
+
+
+def test_finite_gradients_of_a_loss_that_is_not_finite_move_nothing_either(watchdog: Watchdog) -> None:
+    class Forgiving(PlainEngine):
+        def backward(self, loss: Tensor) -> None:
+            for parameter in self.module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+
+    config = config_of(model__label_dropout=0.0)
+    engine = Forgiving(config)
+    with torch.no_grad():
+        engine.module.get_parameter("base.cls_embedding.embedding_table.weight")[2] = math.nan
+    before = engine.module.get_parameter("base.output.weight").detach().clone()
+    ranks = Ranks(rank=RANK, world_size=1, device=torch.device("cpu"))
+    stepper = Stepper(config, engine=engine, ranks=ranks, watchdog=watchdog)
+    outcome = stepper.take(batch_of(config), step=9, num_skipped_steps=0, data_wait_s=0.0, is_told_to_stop=False)
+    assert outcome.is_skipped
+    assert math.isfinite(outcome.grad_norm)
+    assert torch.equal(engine.module.get_parameter("base.output.weight"), before)
