@@ -12,6 +12,7 @@ from pipeline.gathered import Ledger
 from pipeline.ledger import LedgerRecord, Retried, record_name, write_record
 from pipeline.local_storage import LocalStorage
 from pipeline.rejects import Counts
+from pipeline.shards import ShardInfo
 from pipeline.storage import ArtifactError, Storage
 from pipeline.tally import Tally
 
@@ -126,3 +127,37 @@ def test_a_retried_reject_counts_once_where_it_ended() -> None:
     totals = tally.totals()
     assert (totals.num_read, totals.num_written, totals.num_rejected) == (5, 3, 2)
     assert totals.rejected_by_reason == {"decode/empty": 2}
+
+
+def test_a_tally_adds_up_what_was_dropped_and_what_was_rejected_in_units_of_their_own() -> None:
+    tally = Tally()
+    dropped = Counts(
+        num_read=4,
+        num_written=1,
+        num_dropped=3,
+        num_rejected=0,
+        dropped_by_reason={"min_side_px": 2, "max_aspect_ratio": 1},
+        rejected_by_reason={},
+    )
+    tally.add(record_of(2))
+    tally.add(record_of(0).model_copy(update={"counts": dropped}))
+    tally.add(record_of(1, num_rejected=2))
+    for _ in range(2):  # asking changes nothing
+        assert tally.totals() == Counts(
+            num_read=14,
+            num_written=9,
+            num_dropped=3,
+            num_rejected=2,
+            dropped_by_reason={"max_aspect_ratio": 1, "min_side_px": 2},
+            rejected_by_reason={"decode/empty": 2},
+        )
+    assert (tally.num_units, 1 in tally, 3 in tally) == (3, True, False)
+
+
+def test_shards_stand_in_the_order_of_their_units_whatever_order_they_came_in() -> None:
+    tally = Tally()
+    shards = [ShardInfo(name=f"{unit}.tar", num_samples=5, bytes=1, sha256="s") for unit in range(4)]
+    for unit in (2, 0, 3):
+        tally.add(record_of(unit).model_copy(update={"shard": shards[unit]}))
+    tally.add(record_of(1))  # has none
+    assert tally.shards_in_order() == [shards[0], shards[2], shards[3]]

@@ -175,6 +175,7 @@ def test_a_file_of_a_newer_version_is_not_to_be_removed(
 
 
 def finished_units(root: Path) -> list[int]:
+    """Units that need no work; all files of the others, and no more, are to be removed."""
     config = config_of(root)
     source = make_source(config.source, s3=config.s3)
     digest = Tokenizer.load(config_of(root).tokenizer).fingerprint.digest
@@ -187,7 +188,11 @@ def finished_units(root: Path) -> list[int]:
         fingerprint_digest=digest,
         ledger=Ledger(storage),
     )
-    return [unit.unit_index for unit in plan.units if unit.unit_index in found.tally]
+    finished = [unit.unit_index for unit in plan.units if unit.unit_index in found.tally]
+    files = [path for name in ("shards", "rejects") for path in (root / "set" / name).iterdir()]
+    left_over = [path for path in files if int(path.name[:5]) not in finished]
+    assert sorted(found.uncommitted) == sorted(str(path.relative_to(root / "set")) for path in left_over)
+    return finished
 
 
 def test_a_record_of_a_newer_version_ends_a_rerun_and_is_left_as_it_is(root: Path) -> None:
@@ -240,10 +245,37 @@ def test_the_contents_of_what_was_moved_are_read_once(root: Path) -> None:
     assert finished_units(root) == [0, 1, 2]
     renewed = read_record(open_storage(str(root / "set")), "00000")
     assert renewed == before.model_copy(update={"shard_mark": "1000000000"})
+    record = root / "set" / "ledger" / "00000.json"  # is not read either, its copy is gathered
+    status = record.stat()
+    record.write_bytes(b"x" * status.st_size)
+    os.utime(record, ns=(status.st_atime_ns, status.st_mtime_ns))
     for path in (tar, shard):  # same size, same time, other content: whoever reads it sees that
         path.write_bytes(b"x" * path.stat().st_size)
         os.utime(path, (1, 1))
     assert finished_units(root) == [0, 1, 2]
+
+
+def test_a_rerun_with_nothing_to_do_writes_nothing(root: Path) -> None:
+    def states() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (root / "set").rglob("*")}
+
+    before = states()
+    assert finished_units(root) == [0, 1, 2]
+    assert states() == before
+
+
+@pytest.mark.parametrize("name", ["00003.json", "0000.json", "x.json"])
+def test_a_damaged_record_of_no_unit_of_the_plan_is_refused(root: Path, name: str) -> None:
+    (root / "set" / "ledger" / name).write_text("torn")
+    with pytest.raises(ArtifactError, match=rf"ledger/{name} is of no unit of the plan; use another run_dir"):
+        finished_units(root)
+    assert (root / "set" / "ledger" / name).exists()
+
+
+def test_a_record_under_the_digits_of_another_unit_is_refused(root: Path) -> None:
+    shutil.copy(root / "set" / "ledger" / "00000.json", root / "set" / "ledger" / "00001.json")
+    with pytest.raises(ArtifactError, match=r"unit 0 of 00001\.json is not in the plan; use another run_dir"):
+        finished_units(root)
 
 
 def test_a_unit_of_another_file_is_refused(root: Path) -> None:

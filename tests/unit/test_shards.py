@@ -1,6 +1,7 @@
 """The shard format: fixed bytes, Energon's index, readable by webdataset, every changed byte of structure noticed."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from pipeline.shards import (
     ShardSample,
     ShardWriter,
     WrittenShard,
+    action_of_open,
     canonical_json,
     check_written,
     index_of,
@@ -261,7 +263,10 @@ def test_canonical_json_is_that_of_the_json_module() -> None:
         assert canonical_json(value) == theirs.encode()
 
 
-@pytest.mark.parametrize("index", [b"", b"\0" * 8, struct.pack("<2Q", 512, 0), struct.pack("<2Q", 0, 1 << 63)])
+@pytest.mark.parametrize(
+    "index",
+    [b"", b"\0" * 8, struct.pack("<2Q", 512, 0), struct.pack("<2Q", 0, 1 << 63), struct.pack("<3Q", 0, 1000, 4096)],
+)
 def test_an_index_that_does_not_fit_is_refused(tmp_path: Path, index: bytes) -> None:
     path = write(tmp_path / "00000.tar")
     whole_index = index_path(path).read_bytes()
@@ -280,6 +285,20 @@ def test_a_missing_tar_or_index_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ArtifactError, match=r"open shard .*00000\.tar"):
         next(read_shard(LocalStorage(tmp_path), "00000.tar"))
+
+
+@pytest.mark.parametrize(
+    ("number", "action"),
+    [
+        (errno.ENOENT, "remove it and rerun the tokenize job to rewrite it"),
+        (errno.EMFILE, "raise ulimit -n or lower data.shuffle_window_shards"),
+        (errno.ENFILE, "raise ulimit -n or lower data.shuffle_window_shards"),
+        (errno.ENOMEM, "raise ulimit -n or lower data.shuffle_window_shards"),
+        (errno.EIO, "check the disk and run the same command again"),
+    ],
+)
+def test_only_a_shard_that_is_missing_is_to_be_written_again(number: int, action: str) -> None:
+    assert action_of_open(OSError(number, "said")) == action
 
 
 def test_a_shard_that_may_not_be_read_is_left_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
