@@ -1,6 +1,7 @@
 """Checkpoint directories: whole or not, found by verifying, damaged ones named and passed over."""
 
 import errno
+import hashlib
 import io
 import json
 import logging
@@ -14,9 +15,12 @@ import pytest
 from disk_calls import record_disk_calls
 from synthetic_checkpoints import FILES, flip_a_bit, prepare, record_of, remove, truncate, write_checkpoint
 
+from pipeline.ledger import Manifest
 from pipeline.local_storage import LocalStorage
+from pipeline.shards import ShardInfo
 from pipeline.storage import ArtifactError, Storage, StorageUnavailableError
 from training.checkpoint import (
+    SetRecord,
     checkpoint_name,
     commit_checkpoint,
     list_checkpoints,
@@ -26,6 +30,7 @@ from training.checkpoint import (
     read_record,
     remove_old_checkpoints,
     remove_partial,
+    set_record,
     verify_checkpoint,
 )
 from training.config import CheckpointConfig
@@ -51,6 +56,13 @@ def test_committed_checkpoint_is_whole_and_newest_last(storage: Storage) -> None
     assert newest.state.model_dump() == state
     names = sorted(path.name for path in path_of(storage, 100).iterdir())
     assert names == ["rank_00000.safetensors", "rank_00001.safetensors", "record.json"]
+
+
+def test_a_set_is_remembered_by_the_counts_and_hashes_of_its_shards() -> None:
+    shards = [ShardInfo(name=f"{unit}.tar", num_samples=unit + 3, bytes=1, sha256=f"{unit}" * 64) for unit in range(2)]
+    manifest = Manifest.model_construct(num_samples=7, shards=shards)
+    expected = hashlib.sha256(b"3 " + b"0" * 64 + b"\n4 " + b"1" * 64 + b"\n").hexdigest()
+    assert set_record(manifest) == SetRecord(num_samples=7, num_shards=2, sha256=expected)
 
 
 def test_steps_beyond_eight_digits_are_steps(storage: Storage) -> None:

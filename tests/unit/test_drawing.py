@@ -9,11 +9,15 @@ import pytest
 import torch
 from test_ops import philox
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import ops
 from training.config import ModelConfig, SamplerConfig
 from training.drawing import (
+    Cell,
     Draws,
+    Rule,
+    draw_cells,
     draw_codes,
     draw_windows,
     filter_logits,
@@ -132,11 +136,64 @@ def test_finals_and_drafts_have_filters_of_their_own(config: Any, finals: set[in
     assert set(codes[:, 1:].flatten().tolist()) == drafts
 
 
+def test_a_low_temperature_is_taken_as_it_is() -> None:
+    codes = draw_codes(
+        torch.tensor([0.05, 0.0]).expand(4000, 1, 2),
+        config=SamplerConfig(temperature=0.01),
+        seed=0,
+        sample_counters_B=torch.arange(4000),
+        first_position=0,
+    )
+    share = 1 / (1 + math.exp(-5))  # five standard deviations
+    assert float((codes == 0).double().mean()) == pytest.approx(share, abs=5 * (share * (1 - share) / 4000) ** 0.5)
+
+
 def _draw(logits: Tensor, cells: Any, first_positions: list[int], *, window_size: int) -> Tensor:
     config = ModelConfig(
         num_layers=1, num_heads=1, model_dim=4, codebook_size=9, codes_per_side=3, window_size=window_size
     )
     return draw_windows(logits, cells, Draws(SEED, COUNTERS, torch.tensor(first_positions)), config=config)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_cells_come_in_any_order_of_their_rows(temperature: float, name: Any) -> None:
+    logits = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(1))
+    rule = Rule(temperature, 0, 1.0)
+    draws = Draws(SEED, COUNTERS, torch.tensor([1, 2, 3]), name)
+    cells = [Cell(row=row, ahead=row, stream=0, rule=rule) for row in range(4)]
+    in_order = draw_cells(logits, cells, draws)
+    for order in ([3, 1, 0, 2], [1, 0], [2, 3, 2]):
+        assert torch.equal(draw_cells(logits, [cells[index] for index in order], draws), in_order[:, order])
+
+
+class _Ops(TorchDispatchMode):
+    """Names of the ops of this project that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tensorar":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "called"),
+    [
+        ("native", torch.float32, ["drawn_codes"]),
+        ("native", torch.float64, ["sampling_uniforms"]),
+        ("reference", torch.float32, []),
+    ],
+)
+def test_codes_are_drawn_by_the_ops_that_were_asked_for(name: Any, dtype: torch.dtype, called: list[str]) -> None:
+    logits = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1)).to(dtype) * 5
+    cells = predicted_cells(SamplerConfig(), window_size=2)
+    with _Ops() as seen:
+        draw_cells(logits, cells, Draws(SEED, COUNTERS, torch.tensor([1, 2, 3]), name))
+    assert seen.names == called
 
 
 @pytest.mark.parametrize("policy", ["sampled", "coupled", "argmax"])
