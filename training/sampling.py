@@ -109,7 +109,7 @@ def _check(model: TensorAR, labels_N: Tensor, *, config: SamplerConfig) -> None:
 
 
 def _flip_rate(drafts_NTK: Tensor, config: ModelConfig) -> float | None:
-    if config.window_size == 1 or config.num_positions == 1:
+    if config.window_size == 1:
         return None
     return (drafts_NTK[:, 1:, 0] != drafts_NTK[:, 1:, -1]).double().mean().item()
 

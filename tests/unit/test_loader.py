@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 from synthetic_shards import codes_of, damage_samples, fingerprint_of, write_shard_set
 
 from pipeline.config import LoaderConfig, S3Config
-from pipeline.loader import Batch, Loader, open_parts
-from pipeline.order import EpochOrder
+from pipeline.ledger import read_manifest
+from pipeline.loader import Batch, Loader, check_room, open_cache, open_parts
+from pipeline.open_shards import NUM_THREADS
+from pipeline.order import EpochOrder, SampleStream, draw_replacements
+from pipeline.shard_cache import ShardCache
 from pipeline.shard_set import ShardSet
-from pipeline.storage import ArtifactError
+from pipeline.storage import ArtifactError, open_storage
 
 
 def loaders(shards: Path, *, world_size: int, global_batch_size: int = 12, read_ahead_batches: int = 0) -> list[Loader]:
@@ -84,6 +88,15 @@ def test_label_that_the_model_does_not_have_is_an_error(tmp_path: Path, label: o
     shards = write_shard_set(tmp_path / "set", label=label)
     with pytest.raises(ArtifactError, match=message):
         loaders(shards, world_size=1)[0].batch(0)
+
+
+def test_a_label_that_is_too_large_is_told_with_the_sample_that_has_it(tmp_path: Path) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(7,))  # labels 0, 1, 2, 3, 0, 1, 2
+    config = LoaderConfig(shards=str(shards), seed=3, read_ahead_batches=0)
+    loader = Loader([ShardSet.open(shards)], config=config, global_batch_size=7, rank=0, world_size=1, num_classes=3)
+    said = r"sample .*/00000\.tar:000000003: labels must be below model\.num_classes = 3, got 3; raise"
+    with pytest.raises(ArtifactError, match=said):
+        loader.batch(0)
 
 
 def test_code_outside_of_the_codebook_is_an_error_that_names_the_sample(tmp_path: Path) -> None:
@@ -283,6 +296,67 @@ def test_a_mixture_is_the_same_for_every_world_size_micro_batch_and_resume_point
                 assert (joined(batches, field) == wanted).all()
 
 
+def test_each_part_has_the_order_of_its_number_and_of_the_configs_seed_and_window(tmp_path: Path) -> None:
+    sizes = [(7, 5, 9, 4), (3, 6, 2, 5)]
+    sets = [write_shard_set(tmp_path / str(n), samples_per_shard=size, num_views=3) for n, size in enumerate(sizes)]
+    parts = tuple({"shards": str(path), "weight": 1.0} for path in sets)
+    config = LoaderConfig(mixture=parts, shuffle_window_shards=3, seed=2**40 + 11, read_ahead_batches=0)
+    loader = Loader(open_parts(config, s3=S3Config()), config=config, global_batch_size=120, rank=0, world_size=1)
+    batch = loader.batch(0)
+    for part, size in enumerate(sizes):
+        stream = SampleStream(np.array(size), num_views=3, seed=2**40 + 11, window_shards=3, part=part)
+        expected = stream.draw(np.arange(60))
+        own = np.flatnonzero(batch.parts_B == part)
+        assert batch.sample_indices_B[own].tolist() == expected.indices_N.tolist()
+        for place, index, view in zip(own, expected.indices_N.tolist(), expected.views_N.tolist(), strict=True):
+            codes = codes_of(index, num_views=3, codebook_size=16, num_codes=16)
+            assert batch.codes_BT[place].tolist() == codes[view].tolist()
+
+
+def test_a_replacement_is_the_first_whole_sample_of_its_documented_draws(tmp_path: Path) -> None:
+    sets = [write_shard_set(tmp_path / str(n), samples_per_shard=(7, 5)) for n in range(2)]
+    parts = tuple({"shards": str(path), "weight": 1.0} for path in sets)
+    config = LoaderConfig(mixture=parts, shuffle_window_shards=2, seed=11, read_ahead_batches=0, on_damage="replace")
+    for path in sets:
+        damage_samples(path, *(f"{index:09d}" for index in (0, 2, 3, 6)))
+    loader = Loader(open_parts(config, s3=S3Config()), config=config, global_batch_size=96, rank=0, world_size=1)
+    batch = loader.batch(0)  # four epochs of each
+    assert batch.num_replaced == 32
+    for part in range(2):
+        drawn = SampleStream(np.array((7, 5)), num_views=1, seed=11, window_shards=2, part=part).draw(np.arange(48))
+        expected = []
+        for index, epoch in zip(drawn.indices_N.tolist(), drawn.epochs_N.tolist(), strict=True):
+            tried = draw_replacements(index, num_candidates=7, count=64, seed=11, epoch=epoch, part=part).tolist()
+            expected.append(next(other for other in tried if other in (1, 4, 5)) if index in (0, 2, 3, 6) else index)
+        assert batch.sample_indices_B[batch.parts_B == part].tolist() == expected
+
+
+def test_each_rank_has_the_shards_of_its_window_and_the_next_opened_from_another_one_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shard_set(tmp_path / "set", samples_per_shard=(2,) * 48)
+    asked: list[list[int]] = []
+    expect = ShardSet.expect
+
+    def watched(self: ShardSet, shards: list[int]) -> None:
+        asked.append(shards)
+        expect(self, shards)
+
+    monkeypatch.setattr(ShardSet, "expect", watched)
+    for rank in (0, 1):
+        config = LoaderConfig(shards=str(shards), shuffle_window_shards=24, seed=3, read_ahead_batches=0)
+        loader = Loader([ShardSet.open(shards)], config=config, global_batch_size=8, rank=rank, world_size=2)
+        for position in (0, 8, 48):  # two places
+            loader.batch(position)
+    of_first, of_second = asked[:2], asked[2:]
+    assert len(of_first) == len(of_second) == 2
+    order = EpochOrder((2,) * 48, seed=3, epoch=0, window_shards=24)
+    windows = [order.shards_of_window(window).tolist() for window in range(2)]
+    assert of_first[0] == windows[0] + windows[1]
+    for one, other in zip(of_first, of_second, strict=True):
+        assert other == one[NUM_THREADS:] + one[:NUM_THREADS]
+
+
 def test_parts_of_two_tokenizers_are_refused_with_the_names_of_both(tmp_path: Path) -> None:
     sets = [
         write_shard_set(tmp_path / "one"),
@@ -317,3 +391,35 @@ def test_codes_of_another_tokenizer_are_refused_at_open(tmp_path: Path) -> None:
 def test_set_without_a_manifest_is_refused_at_open(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         ShardSet.open(tmp_path)
+
+
+def test_a_cache_must_hold_what_all_sets_of_a_mixture_keep_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [write_shard_set(tmp_path / str(n), samples_per_shard=(2,) * 30) for n in range(2)]
+    one = sum(path.stat().st_size for path in (sets[0] / "shards").iterdir()) // 30  # a shard and its index
+    parts = tuple({"shards": str(path), "weight": 1.0} for path in sets)
+    config = LoaderConfig(mixture=parts, shuffle_window_shards=2, read_ahead_batches=2)
+    # Of each set four windows of two shards, and what lies between two ranks that are three batches of 6 apart.
+    needed = 2 * (4 * 2 + 9) * one
+    for max_bytes, free, is_here, message in (
+        (needed, needed, True, None),
+        (needed - 1, needed, True, "max_cache_gb must be at least"),
+        (needed, needed - 1, True, "its disk must have room for"),
+        (needed, needed - 1, False, None),
+    ):
+        cache = ShardCache(tmp_path / "cache", max_bytes=max_bytes)
+        monkeypatch.setattr(cache, "disk_bytes", lambda free=free: free)
+        storages = [open_storage(str(path)) for path in sets]  # as if on S3
+        shard_sets = [ShardSet(each, read_manifest(each), cache=cache, window_shards=2) for each in storages]
+        with nullcontext() if message is None else pytest.raises(ArtifactError, match=message):
+            check_room(shard_sets, cache=cache, config=config, global_batch_size=6, is_here=is_here)
+
+
+def test_only_sets_on_s3_have_a_cache_of_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    config = LoaderConfig(shards="unused", max_cache_gb=2.5, cache_dir=str(tmp_path / "cache"))
+    assert open_cache(config, urls=["/sets/a", "sets/b"]) is None
+    for urls in (["s3://bucket/a"], ["/sets/a", "s3://bucket/b"]):
+        cache = open_cache(config, urls=urls)
+        assert cache is not None
+        assert (cache.directory, cache.max_bytes) == (tmp_path / "cache", 2_500_000_000)

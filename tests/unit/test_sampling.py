@@ -159,6 +159,11 @@ def test_a_label_out_of_range_is_refused(label: int) -> None:
         _sample(_model(1), torch.tensor([0, label]))
 
 
+def test_no_label_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one, got \\[\\]; use labels of the model's classes"):
+        _sample(_model(1), torch.empty(0, dtype=torch.int64))
+
+
 def test_top_k_keeps_ties() -> None:
     logits = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])
     assert filter_logits(logits, top_k=2, top_p=1.0).tolist() == [3.0, -math.inf, 2.0, 2.0, -math.inf]

@@ -124,6 +124,13 @@ def test_a_model_that_hangs_on_nothing_settles_all_windows_of_a_call() -> None:
     _assert_same(found, _sample(model, draft_policy="coupled", guidance=1.0))
 
 
+def test_two_windows_a_call_already_take_fewer_calls() -> None:
+    labels = torch.arange(40) % CLASSES
+    calls = _sample(_model(4, std=0.2), labels, windows_per_call=2, draft_policy="coupled").calls_per_sample_N
+    assert int(calls.min()) >= 1 + 8  # the first has the label alone to go by, 15 windows are left
+    assert int(calls.max()) < T
+
+
 def test_coupled_draws_settle_more_windows_than_fresh_ones() -> None:
     model, labels = _model(4, std=0.2), torch.arange(40) % CLASSES
     calls = {
