@@ -1,16 +1,16 @@
-"""A save as each rank does it: whole or not there at all; and the states of an engine, to files and back."""
+"""A save as each rank does it: whole or not there at all."""
 
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stand_in_engine import engine_of, equal, partition_of, states_of
 from synthetic_checkpoints import record_of
 from synthetic_shards import fingerprint_of, train_config
 
@@ -26,8 +26,8 @@ from training.checkpoint import (
     read_record,
 )
 from training.config import TrainConfig
-from training.fragment_file import FragmentFile, FragmentLayout, write_fragments
-from training.fragments import Fragments, parameter_shapes, restore_fragments
+from training.fragment_file import FragmentFile, FragmentLayout
+from training.fragments import Fragments, parameter_shapes
 from training.ranks import Ranks
 from training.resume import resume_engine
 from training.saver import CheckpointWriter, _Write
@@ -160,203 +160,6 @@ def test_a_commit_removes_the_checkpoints_that_the_spec_does_not_keep(tmp_path: 
     assert list_checkpoints(LocalStorage(tmp_path)) == [8, 12, 16, 20]
 
 
-class Model(torch.nn.Module):
-    """Sizes that no number of ranks divides, one smaller than some of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = torch.nn.Linear(5, 7)
-        self.input_encoder = torch.nn.Linear(3, 1)
-
-
-def engine_of(*, rank: int = 0, world_size: int = 1, seed: int = 0, num_steps: int = 0) -> Any:
-    """What fragments read of an engine without ZeRO, where every rank holds all parameters in float32."""
-    torch.manual_seed(seed)
-    module = Model()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
-    for _ in range(num_steps):
-        for parameter in module.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-    return SimpleNamespace(
-        module=module, optimizer=optimizer, basic_optimizer=optimizer, global_rank=rank, world_size=world_size
-    )
-
-
-def states_of(engine: Any) -> dict[str, torch.Tensor]:
-    """Copies of the weights and of all that the optimiser keeps."""
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        found[name] = parameter.detach().clone()
-        for kind, value in engine.basic_optimizer.state.get(parameter, {}).items():
-            found[f"{kind} of {name}"] = value.clone()
-    return found
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def files_of(directory: Path, *, world_size: int) -> list[FragmentFile]:
-    """What `world_size` ranks write of one state, three steps on."""
-    directory.mkdir()
-    for rank in range(world_size):
-        fragments = Fragments(engine_of(rank=rank, world_size=world_size, num_steps=3))
-        assert fragments.optimizer_steps == 3
-        buffer = torch.full((len(fragments.layout.kinds) * fragments.layout.num_elements,), float("nan"))
-        fragments.copy_to(buffer)
-        assert buffer.tolist() == [number for view in fragments.views() for number in view.tolist()]
-        write_fragments(directory / f"{rank}", fragments.layout, [buffer.numpy()])
-    return [FragmentFile(LocalStorage(directory), f"{rank}") for rank in range(world_size)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_the_files_of_any_number_of_ranks_give_back_every_bit(tmp_path: Path, world_size: int) -> None:
-    files = files_of(tmp_path / "files", world_size=world_size)
-    assert all(file.layout.kinds == ("weights", "exp_avg", "exp_avg_sq") for file in files if file.layout.fragments)
-    held = [
-        (name, index)
-        for file in files
-        for name, (start, end) in file.layout.fragments.items()
-        for index in range(start, end)
-    ]
-    assert sorted(held) == sorted(
-        (name, index) for name, parameter in Model().named_parameters() for index in range(parameter.numel())
-    )
-    assert all(start < end for file in files for start, end in file.layout.fragments.values())
-    for order in (files, files[::-1]):
-        restored = engine_of(seed=1)
-        restore_fragments(restored, order, optimizer_steps=3)
-        assert equal(states_of(restored), states_of(engine_of(num_steps=3)))
-
-
-def partition_of(*, rank: int, world_size: int) -> tuple[Any, slice]:
-    """What fragments read of an engine under ZeRO 1 or 2, and which of all elements end to end its rank holds."""
-    module = Model()
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    length = -(-sum(sizes) // world_size)  # the last one is padded
-    own = slice(rank * length, (rank + 1) * length)
-    first = 0
-    for parameter, size in zip(module.parameters(), sizes, strict=True):
-        start, end = max(first, own.start), min(first + size, own.stop)
-        of_weights = SimpleNamespace(start=start - first)
-        of_master = SimpleNamespace(start=start - own.start, numel=end - start)
-        mapping = SimpleNamespace(lp_fragment_address=of_weights, hp_fragment_address=of_master)
-        parameter._hp_mapping = mapping if start < end else None  # type: ignore[attr-defined]
-        first += size
-    master = torch.nn.Parameter(torch.zeros(length))
-    optimizer = SimpleNamespace(
-        bit16_groups=[list(module.parameters())],
-        single_partition_of_fp32_groups=[master],
-        num_refreshed=0,
-    )
-
-    def update_lp_params() -> None:
-        optimizer.num_refreshed += 1
-
-    optimizer.update_lp_params = update_lp_params
-    basic_optimizer = torch.optim.AdamW([master])
-    engine = SimpleNamespace(
-        module=module, optimizer=optimizer, basic_optimizer=basic_optimizer, global_rank=rank, world_size=world_size
-    )
-    return engine, own
-
-
-@pytest.mark.parametrize(("num_writers", "num_readers"), [(1, 2), (2, 2), (2, 3), (3, 2), (5, 3), (3, 5)])
-def test_partitions_of_any_number_of_ranks_take_and_give_what_is_theirs(
-    tmp_path: Path, num_writers: int, num_readers: int
-) -> None:
-    files = files_of(tmp_path / "files", world_size=num_writers)
-    whole = engine_of(num_steps=3)
-    states = [whole.basic_optimizer.state[parameter] for parameter in whole.module.parameters()]
-    expected = {
-        "weights": torch.cat([parameter.detach().flatten() for parameter in whole.module.parameters()]),
-        **{kind: torch.cat([state[kind].flatten() for state in states]) for kind in ("exp_avg", "exp_avg_sq")},
-    }
-    (tmp_path / "again").mkdir()
-    again = []
-    for rank in range(num_readers):
-        engine, own = partition_of(rank=rank, world_size=num_readers)
-        restore_fragments(engine, files, optimizer_steps=3)
-        (master,) = engine.optimizer.single_partition_of_fp32_groups
-        state = engine.basic_optimizer.state[master]
-        held = {"weights": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        for kind, values in held.items():
-            wanted = expected[kind][own]
-            assert torch.equal(values[: len(wanted)], wanted), kind
-            assert not values[len(wanted) :].any(), kind
-        assert float(state["step"]) == 3.0
-        assert engine.optimizer.num_refreshed == 1  # the weights that are computed with
-        fragments = Fragments(engine)
-        arrays = [view.numpy() for view in fragments.views()]
-        write_fragments(tmp_path / "again" / f"{rank}", fragments.layout, arrays)
-        again.append(FragmentFile(LocalStorage(tmp_path / "again"), f"{rank}"))
-    restored = engine_of(seed=1)
-    restore_fragments(restored, again, optimizer_steps=3)
-    assert equal(states_of(restored), states_of(whole))
-
-
-def test_a_rank_resumes_from_all_files_of_which_it_needs_a_part(tmp_path: Path) -> None:
-    storage, config = LocalStorage(tmp_path), config_of(tmp_path)
-    saves = [_Write(config, storage=storage, ranks=ranks_of(rank, 2), token="ours", state=STATE) for rank in (0, 1)]
-    for rank, save_of_rank in enumerate(saves):
-        fragments = Fragments(engine_of(rank=rank, world_size=2, num_steps=3))
-        save_of_rank.write_file(fragments.layout, [view.numpy() for view in fragments.views()])
-    shapes = parameter_shapes(engine_of())
-    kinds = fragments.layout.kinds
-    saves[0].commit(
-        record_of(8).model_copy(update={"files": (), "shapes": shapes, "kinds": kinds, "optimizer_steps": 3})
-    )
-    whole = torch.cat([parameter.detach().flatten() for parameter in engine_of(num_steps=3).module.parameters()])
-    for rank in (0, 1):
-        engine, own = partition_of(rank=rank, world_size=2)
-        resume_engine(engine, config=config, record=read_record(storage, 8))
-        assert torch.equal(engine.optimizer.single_partition_of_fp32_groups[0].detach(), whole[own])
-
-
-def test_what_is_not_trained_is_in_no_file() -> None:
-    engine = engine_of()
-    engine.module.base.bias.requires_grad_(False)
-    trained = {"base.weight", "input_encoder.weight", "input_encoder.bias"}
-    assert Fragments(engine).layout.fragments.keys() == parameter_shapes(engine).keys() == trained
-
-
-def test_elements_that_no_file_holds_are_counted(tmp_path: Path) -> None:
-    files = files_of(tmp_path / "files", world_size=2)
-    with pytest.raises(ArtifactError, match=r"every element of the model, got none of 25 of them; verify the run"):
-        restore_fragments(engine_of(seed=1), files[:1], optimizer_steps=3)  # 17 + 3 + 1 of 46 in it
-
-
-def test_no_file_is_opened_after_the_last_missing_element(tmp_path: Path) -> None:
-    (file,) = files_of(tmp_path / "files", world_size=1)
-    files = iter([file, file])
-    restore_fragments(engine_of(seed=1), files, optimizer_steps=3)
-    assert list(files) == [file]
-
-
-@pytest.mark.parametrize(("warmup_steps", "of_base"), [(0, 3.0), (2, 1.0), (3, 0.0), (9, 0.0)])
-def test_the_base_model_does_not_count_the_steps_that_left_it_alone(
-    tmp_path: Path, warmup_steps: int, of_base: float
-) -> None:
-    engine = engine_of(seed=1)
-    files = files_of(tmp_path / "files", world_size=1)
-    restore_fragments(engine, files, optimizer_steps=3, module_warmup_steps=warmup_steps)
-    states = states_of(engine)
-    assert float(states["step of base.weight"]) == float(states["step of base.bias"]) == of_base
-    assert float(states["step of input_encoder.weight"]) == 3.0
-    assert Fragments(engine).optimizer_steps == 3
-
-
-def test_a_state_without_a_step_restores_as_one(tmp_path: Path) -> None:
-    fragments = Fragments(engine_of())
-    assert (fragments.layout.kinds, fragments.optimizer_steps) == (("weights",), 0)
-    config = config_of(tmp_path)
-    save(config, engine_of(), step=0)
-    restored = engine_of(seed=1)
-    resume_engine(restored, config=config, record=read_record(LocalStorage(tmp_path), 0))
-    assert equal(states_of(restored), states_of(engine_of()))
-
-
 def writer_of(config: TrainConfig) -> CheckpointWriter:
     sets = [SetRecord(num_samples=10, num_shards=1, sha256="a" * 64)]
     return CheckpointWriter(config, ranks=ranks_of(0, 1), fingerprint=fingerprint_of(), training_sets=sets)
@@ -458,3 +261,31 @@ def test_the_checkpoint_of_another_model_is_refused_naming_a_parameter(tmp_path:
     del fewer.module.input_encoder
     with pytest.raises(ArtifactError, match=r"input_encoder\.weight: there \(1, 3\), in the model None"):
         resume_engine(fewer, config=config, record=record)
+
+
+def test_a_rank_resumes_from_all_files_of_which_it_needs_a_part(tmp_path: Path) -> None:
+    storage, config = LocalStorage(tmp_path), config_of(tmp_path)
+    saves = [_Write(config, storage=storage, ranks=ranks_of(rank, 2), token="ours", state=STATE) for rank in (0, 1)]
+    for rank, save_of_rank in enumerate(saves):
+        fragments = Fragments(engine_of(rank=rank, world_size=2, num_steps=3))
+        save_of_rank.write_file(fragments.layout, [view.numpy() for view in fragments.views()])
+    shapes = parameter_shapes(engine_of())
+    kinds = fragments.layout.kinds
+    saves[0].commit(
+        record_of(8).model_copy(update={"files": (), "shapes": shapes, "kinds": kinds, "optimizer_steps": 3})
+    )
+    whole = torch.cat([parameter.detach().flatten() for parameter in engine_of(num_steps=3).module.parameters()])
+    for rank in (0, 1):
+        engine, own = partition_of(rank=rank, world_size=2)
+        resume_engine(engine, config=config, record=read_record(storage, 8))
+        assert torch.equal(engine.optimizer.single_partition_of_fp32_groups[0].detach(), whole[own])
+
+
+def test_a_state_without_a_step_restores_as_one(tmp_path: Path) -> None:
+    fragments = Fragments(engine_of())
+    assert (fragments.layout.kinds, fragments.optimizer_steps) == (("weights",), 0)
+    config = config_of(tmp_path)
+    save(config, engine_of(), step=0)
+    restored = engine_of(seed=1)
+    resume_engine(restored, config=config, record=read_record(LocalStorage(tmp_path), 0))
+    assert equal(states_of(restored), states_of(engine_of()))
