@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, SamplerConfig
-from training.drawing import Draws, draw_cells, draw_codes, gumbel_draws, predicted_cells
+from training.drawing import Draws, draw_cells, gumbel_draws, predicted_cells
 from training.frozen import FrozenModel
 from training.gpt import KeyValueCache, evaluation_mode
 from training.sampling import SampledCodes, sample_codes
@@ -125,10 +125,9 @@ def sample_uncached(model: TensorAR, labels: Tensor, *, config: SamplerConfig) -
             x = torch.cat([model.base.embed_labels(labels), model.embed_windows(windows[:, :step])], dim=1)
             logits = model.predict(model.base.backbone(x)[:, -1:])[:, 0].float()
             inside = min(window_size, num_positions - step)
-            counters = torch.arange(len(labels))
-            windows[:, step, :inside] = draw_codes(
-                logits[:, :inside], config=config, seed=0, sample_counters_B=counters, first_position=step
-            )
+            draws = Draws(0, torch.arange(len(labels)), torch.full_like(labels, step))
+            cells = predicted_cells(config, window_size=inside)
+            windows[:, step, :inside] = draw_cells(logits[:, :inside], cells, draws)
     return windows[:, :num_positions, 0]
 
 

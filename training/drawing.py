@@ -225,22 +225,6 @@ def _at(x_BRV: Tensor, rows: list[int]) -> Tensor:
     return x_BRV if rows == list(range(x_BRV.shape[1])) else x_BRV[:, rows]
 
 
-def draw_codes(
-    logits_BJV: Tensor, *, config: SamplerConfig, seed: int, sample_counters_B: Tensor, first_position: int
-) -> Tensor:
-    """Codes (B, J) of one prediction: the final of position `first_position`, then drafts of the positions after it.
-
-    Args:
-        logits_BJV: guided, float32 or wider.
-        config: temperatures, filters and draft policy.
-        seed: in [0, 2**56).
-        sample_counters_B: int64.
-        first_position: of offset 0.
-    """
-    draws = Draws(seed, sample_counters_B, torch.full_like(sample_counters_B, first_position))
-    return draw_cells(logits_BJV, predicted_cells(config, window_size=logits_BJV.shape[1]), draws)
-
-
 def gumbel_draws(
     *,
     seed: int,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import draw_codes
 from test_ops import philox
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from training.drawing import (
     Draws,
     Rule,
     draw_cells,
-    draw_codes,
     draw_windows,
     filter_logits,
     guessed_cells,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import draw_codes
 from torch import Tensor
 from torch.nn import functional as F
 
 from training.config import ModelConfig, SamplerConfig
-from training.drawing import draw_codes, filter_logits, gumbel_draws
+from training.drawing import filter_logits, gumbel_draws
 from training.guidance import is_guided
 from training.noise import make_windows
 from training.sampling import SampledCodes, sample_codes
