@@ -29,7 +29,7 @@ demo: $(OPS)  ## corpus -> Ray -> shards -> DeepSpeed -> TensorAR -> pictures an
 	$(BIN)/tensorar demo
 
 test: $(OPS)  ## unit, parity, integration and short fault tests (minutes); NUM_WORKERS files at a time
-	$(PYTEST) -n $(NUM_WORKERS) --dist loadfile -m "not slow"
+	$(PYTEST) -n $(NUM_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(OPS)  ## kills, damage, ZeRO stages: with `make test` below 40 minutes
 	$(PYTEST) -m "slow and not soak"
