@@ -324,7 +324,8 @@ def _run_study(study: Study, *, selections: Sequence[str], fail_fast: bool) -> N
     from jobs.study_report import REPORT_NAME  # noqa: PLC0415
     from jobs.study_table import runs_table  # noqa: PLC0415
 
-    _show(runs_table(run_study(study, selections=selections, fail_fast=fail_fast)))
+    result = run_study(study, selections=selections, fail_fast=fail_fast)
+    _show(runs_table(result, names=[run.name for run in study.selected(selections)]))
     click.echo(f"table:  {study.run_dir}/{TABLE_NAME}\nreport: {study.run_dir}/{REPORT_NAME}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -168,14 +169,16 @@ def _rows(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def runs_table(result: StudyResult) -> Table:
-    """What each run has come to, for `rich` to print."""
+def runs_table(result: StudyResult, *, names: Collection[str] | None = None) -> Table:
+    """What each run has come to, or each of those `names`, for `rich` to print."""
     table = Table(title=f"{result.run_dir}: {describe(result)}", title_justify="left")
     for heading in ("run", "state", "progress"):
         table.add_column(heading)
     table.add_column("seconds", justify="right")
     table.add_column("error", overflow="fold")
     for run in result.runs:
+        if names is not None and run.name not in names:
+            continue
         seconds = "" if run.seconds_s is None else f"{run.seconds_s:,.0f}"
         table.add_row(run.name, run.state, run.progress or "", seconds, run.error or "")
     return table

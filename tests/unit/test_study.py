@@ -288,6 +288,7 @@ def test_the_commands_validate_run_and_tell_a_study(spec: Path) -> None:
     code, said, _ = call("run", str(spec), "--only", NAMES[0])
     assert code == 0
     assert said.endswith(f"table:  {directory}/table.md\nreport: {directory}/report.html\n")
+    assert [name in said for name in NAMES] == [True, False, False, False]
     code, said, _ = call("status", str(directory))
     assert code == 0
     assert "1 of 4 runs done, 3 to do" in said
