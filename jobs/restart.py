@@ -148,21 +148,23 @@ class RestartCount:
         self._storage = open_storage(config.run_dir, s3=config.s3)
         self._num_in_a_row = 0
         self._num_restarts = 0
-        self._step_of_start = -1
+        self._newest_step = -1
         self._cause: dict[str, Any] | None = None
         self._unrecorded = b""
 
     def note_start(self, num_ranks: int) -> None:
         """Say with how many ranks, and from where, a restart goes on; the first start needs no words."""
-        self._step_of_start = newest_step(self._config)
+        from_step = newest_step(self._config)
+        # A storage that does not answer says 0, and what it has later must not pass for a new checkpoint.
+        self._newest_step = max(self._newest_step, from_step)
         if self._cause is None:
             return
         self._num_restarts += 1
-        line = self._cause | {"from_step": self._step_of_start, "num_ranks": num_ranks}
+        line = self._cause | {"from_step": from_step, "num_ranks": num_ranks}
         logger.warning(
             "restart %d after %s: goes on from step %d with %d of %d ranks "
             "(%d in a row without a new checkpoint, at most %d)",
-            *(self._num_restarts, line["cause"], self._step_of_start, num_ranks, self._config.cluster.num_workers),
+            *(self._num_restarts, line["cause"], from_step, num_ranks, self._config.cluster.num_workers),
             *(self._num_in_a_row, self._config.cluster.max_failures),
         )
         self._record({"time": datetime.now(UTC).isoformat(timespec="seconds")} | line)
@@ -186,7 +188,7 @@ class RestartCount:
         """
         if not error.is_worth_retrying:
             raise error
-        has_got_on = newest_step(self._config) > self._step_of_start
+        has_got_on = newest_step(self._config) > self._newest_step
         self._num_in_a_row = (0 if has_got_on else self._num_in_a_row) + (0 if error.is_preemption else 1)
         self._cause = {"cause": str(error), "rank": error.rank, "failures_in_a_row": self._num_in_a_row}
         logger.warning("%s", error)

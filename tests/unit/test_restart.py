@@ -102,6 +102,19 @@ def test_failures_in_a_row_are_counted_until_a_new_checkpoint(tmp_path: Path) ->
     assert [(line["failures_in_a_row"], line["from_step"]) for line in lines] == [(1, 0), (2, 0), (1, 4), (2, 4)]
 
 
+def test_a_storage_that_answers_only_between_starts_makes_no_old_checkpoint_new(tmp_path: Path) -> None:
+    commit_step(tmp_path, 8)
+    count = RestartCount(job(tmp_path, cluster={"max_failures": 1}))
+    count.note_start(2)
+    count.note_failure(DEATH)
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.rename(tmp_path / "away")
+    count.note_start(2)
+    (tmp_path / "away").rename(checkpoints)
+    with pytest.raises(RanksFailedError, match="1 restarts in a row made no new checkpoint"):
+        count.note_failure(DEATH)
+
+
 def test_a_preemption_is_not_counted(tmp_path: Path) -> None:
     count = RestartCount(job(tmp_path, cluster={"max_failures": 0}))
     count.note_start(2)
