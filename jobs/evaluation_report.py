@@ -243,8 +243,10 @@ def _nearest(result: dict[str, Any], pictures: dict[str, np.ndarray]) -> list[di
 
 def _classes(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A line a class that has measures of its own, the worst label scores first."""
-    distances, score = result["measures"]["kernel_distance_of_class"], result["measures"]["label_score"]
-    scores = score["top_1_of_class"]
+    measures, scale = result["measures"], SCALES["kernel_distance"]
+    scores = measures["label_score"]["top_1_of_class"]
+    distances = measures["kernel_distance_of_class"]
+    floors = measures.get("kernel_distance_of_class_decoded", {})  # not in results of before
     labels = sorted(scores["samples"], key=lambda label: (scores["samples"][label]["value"], int(label)))
     return [
         {
@@ -252,7 +254,8 @@ def _classes(result: dict[str, Any]) -> list[dict[str, Any]]:
             "num_samples": scores["samples"][label]["num_samples"][0],
             "score": told(scores["samples"][label]),
             "real_score": told(scores["real"].get(label)),
-            "distance": told(distances.get(label), scale=SCALES["kernel_distance"]),
+            "distance": told(distances.get(label), scale=scale),
+            "floor": told(floors.get(label), scale=scale),
         }
         for label in labels[:MAX_CLASS_LINES]
     ]

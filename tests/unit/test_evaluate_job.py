@@ -18,7 +18,7 @@ from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 from training.evaluation.adm_npz import read_adm_npz
 from training.evaluation.config import EvaluateConfig, ReferenceConfig
-from training.evaluation.distances import frechet_distance
+from training.evaluation.distances import frechet_distance, kernel_distance
 from training.evaluation.evaluate import read_evaluation, run_evaluate
 from training.evaluation.features import load_features
 from training.evaluation.image_features import FeatureReader, reference_features
@@ -243,14 +243,14 @@ def test_a_corpus_of_its_own_to_report_against_gives_the_report_half_and_the_lab
         Path(finished.reference.source.urls[0]).parent if finished.reference.source.kind == "webdataset" else tmp_path
     )
     sources = [{"kind": "webdataset", "urls": [f"{tars}/{tar}.tar"]} for tar in (0, 1)]
-    reference = ReferenceConfig.model_validate({"source": sources[0], "report_source": sources[1], "num_images": 8})
+    reference = ReferenceConfig.model_validate({"source": sources[0], "report_source": sources[1], "num_images": 12})
     config = finished.model_copy(update={"run_dir": str(tmp_path / "evaluation"), "reference": reference})
     run_evaluate(config)
     halves = np.load(tmp_path / "evaluation/stages/reference/00000.npz")
-    assert halves["in_report_half"].tolist() == [False] * 8 + [True] * 8
+    assert halves["in_report_half"].tolist() == [False] * 12 + [True] * 12
     expected = sorted(image.label for image in choose_images(reference, s3=finished.s3) if image.in_report_half)
     result = read_evaluation(open_storage(config.run_dir))
-    assert (result["reference"]["num_tuning"], result["reference"]["num_report"]) == (8, 8)
+    assert (result["reference"]["num_tuning"], result["reference"]["num_report"]) == (12, 12)
     drawn = np.load(tmp_path / "evaluation/stages/samples/00000.npz")
     loaded, _ = load_model(finished.weights, device=torch.device("cpu"), dtype=torch.float32)
     loaded.use_native_ops()
@@ -259,6 +259,12 @@ def test_a_corpus_of_its_own_to_report_against_gives_the_report_half_and_the_lab
     counters = torch.arange(14)
     sampled = sample_codes(loaded, labels, config=sampler, seed=9, sample_counters_N=counters)
     assert np.array_equal(drawn["codes"], sampled.codes_NT.numpy())
+    floors = result["measures"]["kernel_distance_of_class_decoded"]
+    assert set(floors) == {"0", "1", "2"}
+    of_class = halves["labels"] == 1
+    decoded_NF = halves["decoded"][of_class & ~halves["in_report_half"]].astype(np.float64)
+    real_NF = halves["real"][of_class & halves["in_report_half"]].astype(np.float64)
+    assert floors["1"]["value"] == pytest.approx(kernel_distance(decoded_NF, real_NF))
 
 
 def test_inputs_that_do_not_belong_together_are_refused(finished: EvaluateConfig, tmp_path: Path) -> None:

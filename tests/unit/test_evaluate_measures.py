@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from training.evaluation.config import BootstrapConfig
+from training.evaluation.distances import kernel_distance
 from training.evaluation.image_features import Half, Reference
 from training.evaluation.intervals import Intervals
 from training.evaluation.measures import (
     caption_score,
     compared_sets,
+    distance_of_class,
     distances_of,
     distances_to_decoded,
     label_score,
@@ -80,6 +82,21 @@ def test_classes_of_the_label_score_are_those_of_both_halves() -> None:
     samples = sample_set(np.concatenate([east, north]), labels_N=np.array([0, 0, 0, 1, 1, 1, 1, 1]))
     score = label_score(samples, reference, num_classes=3, intervals=INTERVALS)
     assert values_of(score["top_1"]) == {"samples": 7 / 8, "real": 1.0}
+
+
+def test_the_distance_of_a_class_is_that_of_its_own_images() -> None:
+    labels_N = np.array([0] * 5 + [1] * 5 + [2] * 2)  # the last class has too few
+    reference = Reference(
+        tuning=half(moved(1), moved(2)), report=half(moved(0), moved(0), labels_N=labels_N), num_rejected=0
+    )
+    turned = labels_N[::-1].copy()
+    found = distance_of_class(moved(3), turned, reference=reference, intervals=INTERVALS)
+    assert values_of(found) == pytest.approx(
+        {
+            "0": kernel_distance(moved(3)[turned == 0], moved(0)[:5]),
+            "1": kernel_distance(moved(3)[turned == 1], moved(0)[5:10]),
+        }
+    )
 
 
 def test_caption_score_is_of_decoded_images_by_a_map_of_those_that_have_captions() -> None:

@@ -326,8 +326,11 @@ class _Evaluation:
         )
         if self._config.captions is not None:
             found["caption_score"] = staged("caption_score", partial(self._caption_score, samples, reference))
-        found["kernel_distance_of_class"] = staged(
-            "of_class", lambda: distance_of_class(samples, reference, intervals=intervals)
+        of_class = partial(distance_of_class, reference=reference, intervals=intervals)
+        tuning = reference.tuning
+        found["kernel_distance_of_class"] = staged("of_class", partial(of_class, samples.features_NF, samples.labels_N))
+        found["kernel_distance_of_class_decoded"] = staged(
+            "of_class_decoded", partial(of_class, tuning.decoded_NF, tuning.labels_N)
         )
         return found
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.philox import Int64Array
 from training.evaluation.captions import caption_ranks, fit_caption_map
 from training.evaluation.distances import frechet_distance, kernel_distance
 from training.evaluation.held_out import spread_indices
@@ -135,13 +136,15 @@ def caption_score(
     return {"num_captions": len(captions), **_score(ranked, intervals=intervals)}
 
 
-def distance_of_class(samples: SampleSet, reference: Reference, *, intervals: Intervals) -> dict[str, Any]:
-    """Return the kernel distance of samples and real images of each class that has enough of both."""
+def distance_of_class(
+    features_NF: FloatFeatures, labels_N: Int64Array, *, reference: Reference, intervals: Intervals
+) -> dict[str, Any]:
+    """Return the kernel distance of a set to the report half, of each class that has enough images in both."""
     return intervals.of_distance_by_class(
         kernel_distance,
-        samples.features_NF,
+        features_NF,
         reference.report.real_NF,
-        labels_N=samples.labels_N,
+        labels_N=labels_N,
         labels_M=reference.report.labels_N,
     )
 
