@@ -73,20 +73,26 @@ def _ports() -> Iterator[dict[str, int]]:
     """Ports that no other test session of this machine takes, while the context is open."""
     for place in range(NUM_PLACES):
         with (Path(tempfile.gettempdir()) / f"tensorar-tests-s3-server-{place}.lock").open("w") as lock:
+            ports = {name: port + PORTS_APART * place for name, port in FIRST_PORTS.items()}
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                _check_free(ports)  # a killed session's server may live on
+            except OSError:
                 continue
-            yield {name: port + PORTS_APART * place for name, port in FIRST_PORTS.items()}
+            yield ports
             return
     raise RuntimeError(f"at most {NUM_PLACES} S3 servers of tests run on a machine; end other test sessions")
 
 
-def _start(directory: Path, variables: dict[str, str], ports: dict[str, int]) -> subprocess.Popen[bytes]:
+def _check_free(ports: dict[str, int]) -> None:
+    """Raise OSError where something listens on one of the ports: the server itself would try for a minute."""
     for port in ports.values():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))  # an error that names the port, before the server's own minute of retries
+            probe.bind(("127.0.0.1", port))
+
+
+def _start(directory: Path, variables: dict[str, str], ports: dict[str, int]) -> subprocess.Popen[bytes]:
     (directory / "data").mkdir()
     with (directory / "log").open("wb") as log:
         return subprocess.Popen(
