@@ -108,7 +108,7 @@ def restore_fragments(
         for piece in master.pieces:
             by_name.setdefault(piece.name, []).append((master, piece))
     missing = sum(piece.num_elements for pieces in by_name.values() for _, piece in pieces)
-    for file in files if missing else ():
+    for file in files if missing else ():  # each is opened as it comes: no more of them than it takes
         missing -= _restore_from(engine, file, by_name)
         if missing == 0:
             break

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from called_ops import CalledOps
 from drawn import draw_codes
 from test_ops import philox
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import ops
 from training.config import ModelConfig, SamplerConfig
@@ -167,19 +167,6 @@ def test_cells_come_in_any_order_of_their_rows(temperature: float, name: Any) ->
         assert torch.equal(draw_cells(logits, [cells[index] for index in order], draws), in_order[:, order])
 
 
-class _Ops(TorchDispatchMode):
-    """Names of the ops of this project that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "tensorar":
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "called"),
     [
@@ -191,7 +178,7 @@ class _Ops(TorchDispatchMode):
 def test_codes_are_drawn_by_the_ops_that_were_asked_for(name: Any, dtype: torch.dtype, called: list[str]) -> None:
     logits = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(1)).to(dtype) * 5
     cells = predicted_cells(SamplerConfig(), window_size=2)
-    with _Ops() as seen:
+    with CalledOps() as seen:
         draw_cells(logits, cells, Draws(SEED, COUNTERS, torch.tensor([1, 2, 3]), name))
     assert seen.names == called
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from called_ops import CalledOps
 from synthetic_shards import train_config
 from test_order import word_by_hand
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import noise
 from training.config import TrainConfig
@@ -133,25 +133,12 @@ def test_the_draws_of_a_step_are_those_of_its_seed_number_and_samples(name: str,
     assert drafted.labels_B is inputs.labels_B
 
 
-class _Ops(TorchDispatchMode):
-    """Names of the ops of this project that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "tensorar":
-            self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "called"), [("native", ["noise_windows"]), ("reference", [])])
 def test_noise_is_made_by_the_ops_that_were_asked_for(name: str, called: list[str]) -> None:
     config = config_of(schedule="linear")
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"ops": name})})
     codes_BT, zeros_B = np.zeros((2, config.model.num_positions), dtype=np.int64), np.zeros(2, dtype=np.int64)
-    with _Ops() as seen:
+    with CalledOps() as seen:
         make_inputs(codes_BT, zeros_B, zeros_B, config=config, step=1, label_dropout=0.0, device=torch.device("cpu"))
     assert seen.names == called
 
