@@ -14,8 +14,9 @@ from pipeline.sources.fields import checked_caption, checked_label, parse_captio
 from pipeline.sources.sample import InputSample, UnusableSampleError
 from pipeline.storage import ArtifactError, next_action, open_storage, split_url
 from pipeline.tars import read_members
+from tokenization.decoding import IMAGE_SUFFIXES
 
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 TEXT_EXTENSIONS = frozenset(("txt", "json", "cls"))
 _MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META_NAME = re.compile(r"__[^/]*__($|/)")

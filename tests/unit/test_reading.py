@@ -32,6 +32,12 @@ def test_fields_of_good_samples(tmp_path: Path) -> None:
     assert second == InputSample(position=1, source="a/b", data=png(1), caption="two", label=5, extra={})
 
 
+def test_an_image_of_every_format_is_a_tars_image_as_it_is_a_folders(tmp_path: Path) -> None:
+    endings = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+    path = write_tar(tmp_path / "t.tar", [(f"{ending}.{ending}", png(0)) for ending in endings])
+    assert [(sample.source, sample.problem) for sample in read(path)] == [(ending, None) for ending in endings]
+
+
 def test_members_group_as_in_webdataset(tmp_path: Path) -> None:
     names = ["a.png", "a.json", "b.left.png", "b.png", "dir.v1/c.PNG", "dir.v1/c.json", "__meta__/x.png", "noext"]
     names += ["d.png", "__d__.json", ".hidden.png", "e.json", "e.png", "a/e.png"]

@@ -180,6 +180,12 @@ def test_psnr_of_a_pair() -> None:
     assert pair.psnr_db == pytest.approx(13.979, abs=1e-3)  # 20 log10(255 / 51)
 
 
+def test_psnr_of_a_perfect_pair_is_finite() -> None:
+    black = np.zeros((2, 2, 3), dtype=np.uint8)
+    pair = Pair(source="a", caption="a", class_name="c", original_HWC=black, decoded_HWC=black)
+    assert pair.psnr_db == pytest.approx(78.131, abs=1e-3)  # 20 log10(255) + 30
+
+
 def test_times_are_rounded_before_they_are_split_into_minutes() -> None:
     assert [_minutes(seconds_s) for seconds_s in (0.04, 59.94, 59.96, 119.7, 125.4)] == [
         "0.0 s",
