@@ -8,6 +8,8 @@ B batch, L length, K window_size, D model_dim, V codebook_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,9 +75,13 @@ class FrozenModel:
         """Backbone states (B, L, D), see `GPT.backbone`."""
         return self.model.base.backbone(x_BLD, start=start, cache=cache)
 
-    def predict(self, h_BLD: Tensor) -> Tensor:
-        """Logits (B, L, K, V) of backbone states, in float32 or wider."""
+    def predict(self, h_BLD: Tensor, *, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (B, L, K, V) of backbone states, in float32 or wider.
+
+        `mix` makes of the normalised states (B, L, K, D) those that the head sees, by default all of them.
+        """
         decoder = self.model.output_decoder
         states = h_BLD[:, :, None] if decoder is None else decoder(h_BLD, constants=self._constants)
-        logits: Tensor = self.model.base.head(states, readout=self._project)
+        readout = self._project if mix is None else lambda states, weight: self._project(mix(states), weight)
+        logits: Tensor = self.model.base.head(states, readout=readout)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

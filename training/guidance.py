@@ -1,7 +1,11 @@
-"""Classifier-free guidance: which positions it takes part in, and how two predictions become one."""
+"""Classifier-free guidance: which positions it takes part in, and how two predictions become one.
+
+The head is linear, so that guided states give guided logits: half as many rows go through it, and no logits are mixed.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from training.config import SamplerConfig
@@ -20,5 +24,7 @@ def num_guided_positions(config: SamplerConfig, *, num_positions: int) -> int:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, *, scale: float) -> Tensor:
-    """Logits that lie `scale` times as far from the unconditional ones as the conditional ones do."""
-    return (conditional - unconditional).mul_(scale).add_(unconditional)
+    """States that lie `scale` times as far from the unconditional ones as the conditional ones do, mixed in float32."""
+    wide = torch.promote_types(conditional.dtype, torch.float32)
+    unconditional = unconditional.to(wide)
+    return (conditional.to(wide) - unconditional).mul_(scale).add_(unconditional).to(conditional.dtype)

@@ -99,19 +99,19 @@ class Speculation:
             read_ALK = self.windows_BTK[samples_A[:, None], positions_from(known_A - 1, length)]
             x_ALD = self.frozen.embed_windows(read_ALK, start=known_A - 1)
             h_RLD = self.frozen.read(x_ALD[index_R], start=known_A[index_R], cache=self.cache)
-        logits_RLKV = self.frozen.predict(h_RLD)
         if not bool(self.rows.is_null_R.any()):
-            return logits_RLKV
-        return self._guided(logits_RLKV, index_R, known_A)
+            return self.frozen.predict(h_RLD)
+        return self.frozen.predict(h_RLD, mix=lambda states: self._mix(states, index_R, known_A))
 
-    def _guided(self, logits_RLKV: Tensor, index_R: Tensor, known_A: Tensor) -> Tensor:
+    def _mix(self, states_RLKD: Tensor, index_R: Tensor, known_A: Tensor) -> Tensor:
+        """Guided states (A, L, K, D); those of positions that are not guided any more stay as they are."""
         is_null_R = self.rows.is_null_R
-        logits_ALKV, index_G = logits_RLKV[~is_null_R], index_R[is_null_R]
-        plain_GLKV = logits_ALKV[index_G]
-        mixed_GLKV = guide(plain_GLKV, logits_RLKV[is_null_R], scale=self.config.guidance)
-        is_guided_GL = positions_from(known_A[index_G], logits_RLKV.shape[1]) < self.rows.num_guided
-        logits_ALKV[index_G] = torch.where(is_guided_GL[..., None, None], mixed_GLKV, plain_GLKV)
-        return logits_ALKV
+        states_ALKD, index_G = states_RLKD[~is_null_R], index_R[is_null_R]
+        plain_GLKD = states_ALKD[index_G]
+        mixed_GLKD = guide(plain_GLKD, states_RLKD[is_null_R], scale=self.config.guidance)
+        is_guided_GL = positions_from(known_A[index_G], states_RLKD.shape[1]) < self.rows.num_guided
+        states_ALKD[index_G] = torch.where(is_guided_GL[..., None, None], mixed_GLKD, plain_GLKD)
+        return states_ALKD
 
     def _draw(self, logits_ARV: Tensor, cells: list[Cell], samples_A: Tensor, first_positions_A: Tensor) -> Tensor:
         draws = Draws(self.seed, self.counters_B[samples_A], first_positions_A, self.frozen.ops)

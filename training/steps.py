@@ -71,5 +71,7 @@ class Stepping:
             x_BLD = frozen.embed_windows(self.windows_BTK[:, start : self.step], start=start)
             x_BLD = x_BLD.repeat(2, 1, 1) if guided else x_BLD
         h_BLD = frozen.read(x_BLD, start=self.step + 1 - x_BLD.shape[1], cache=self.cache)
-        logits_BKV = frozen.predict(h_BLD[:, -1:])[:, 0]
-        return guide(*logits_BKV.chunk(2), scale=self.config.guidance) if guided else logits_BKV
+        return frozen.predict(h_BLD[:, -1:], mix=self._mix if guided else None)[:, 0]
+
+    def _mix(self, states: Tensor) -> Tensor:
+        return guide(*states.chunk(2), scale=self.config.guidance)
