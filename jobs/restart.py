@@ -20,6 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from jobs.ray_ranks import Outcome, RanksFailedError, resources_per_rank, run_ranks
 from jobs.stopping import StopRequest
+from pipeline.cluster import check_own_node
 from pipeline.config import ClusterConfig
 from pipeline.storage import ArtifactError, open_storage
 from training.checkpoint import newest_record
@@ -41,6 +42,7 @@ def run_to_the_end(config: TrainConfig, *, stop: StopRequest) -> Outcome | None:
 
     Raises:
         RanksFailedError: a rank failed for good, or too often without a new checkpoint.
+        ConnectionError: the node of an embedded session is dead.
     """
     count = RestartCount(config)
     outcome: Outcome | None = None
@@ -132,6 +134,7 @@ def _has_room(cluster: ClusterConfig, num_ranks: int, *, wait_s: float, stop: St
     until = time.monotonic() + wait_s
     try:
         while not reservation.wait(_POLL_S):
+            check_own_node(cluster)
             if stop.is_made.is_set() or time.monotonic() > until:
                 return False
         return not stop.is_made.is_set()

@@ -67,6 +67,19 @@ def ray_session(config: ClusterConfig, *, log_to_driver: bool = False) -> Iterat
         ray.shutdown()
 
 
+def check_own_node(config: ClusterConfig) -> None:
+    """Check that an embedded session has its node: nothing brings a dead one back, and work would wait for ever.
+
+    Raises:
+        ConnectionError: it is dead.
+    """
+    if config.address == "local" and not any(node["Alive"] for node in ray.nodes()):
+        raise ConnectionError(
+            "ray session: the Ray that this job started must stay alive, got its node dead (killed, or a minute "
+            "without a core to run on); run the same command again, what is committed is kept"
+        )
+
+
 def _join(address: str, *, log_to_driver: bool) -> None:
     """Join a cluster. Ray itself would wait for minutes at an address where nobody listens."""
     advice = (

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from pipeline.cluster import check_own_node
 from pipeline.config import TokenizeConfig
 from pipeline.sources.plan import KeyFormat, WorkUnit
 from pipeline.storage import ArtifactError, StagingFullError, StorageFullError, StorageUnavailableError
@@ -115,6 +116,7 @@ class WorkerPool:
         Raises:
             ArtifactError: workers only die or do not start, the disk is full, or the storage fails every unit; no unit
                 is to blame.
+            ConnectionError: the node of an embedded session is dead.
         """
         self._waiting.extend(units)
         for _ in range(min(self._config.cluster.num_workers, len(self._waiting))):
@@ -310,7 +312,10 @@ class WorkerPool:
         return sum(self._num_read_of.get(worker, 0) for worker, held in self._units_of.items() if held)
 
     def _warn_if_none_starts(self) -> None:
-        if self._units_of or not self._starting or time.monotonic() - self._warned_s < START_WARNING_INTERVAL_S:
+        if self._units_of or not self._starting:
+            return
+        check_own_node(self._config.cluster)
+        if time.monotonic() - self._warned_s < START_WARNING_INTERVAL_S:
             return
         self._warned_s = time.monotonic()
         logger.warning(

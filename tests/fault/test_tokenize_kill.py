@@ -91,6 +91,23 @@ def test_a_killed_worker_is_replaced_and_its_unit_done_again(corpus: Path, tmp_p
 
 
 @pytest.mark.slow
+def test_a_job_whose_own_ray_died_ends_and_says_to_run_it_again(corpus: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "set"
+    config = ten_crop_job(corpus, run_dir)
+    driver = start(config, tmp_path)
+    wait_until(lambda: num_records(open_storage(str(run_dir))) >= 1, driver=driver)
+    (raylet,) = (child for child in psutil.Process(driver.pid).children() if child.name() == "raylet")
+    for process in (raylet, *workers_of(driver.pid)):
+        process.kill()
+    assert driver.wait(timeout=240) == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert "the Ray that this job started must stay alive, got its node dead" in log
+    assert "run the same command again, what is committed is kept" in log
+    finish(start(config, tmp_path), tmp_path)
+    assert files_of(run_dir) == files_of(corpus / "whole")
+
+
+@pytest.mark.slow
 def test_a_unit_that_kills_its_workers_is_set_aside_and_the_others_are_done(corpus: Path, tmp_path: Path) -> None:
     """Only the unit at fault is given up, though other units were in the hands of the workers that it killed."""
     run_dir, storage = tmp_path / "set", open_storage(str(tmp_path / "set"))
