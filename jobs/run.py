@@ -74,10 +74,10 @@ are told from others by their fingerprints, and a shard set by its samples (`_ha
 """
 
 BEGUN_WITH = {
-    "fit_tokenizer": "checkpoints",
-    "tokenize": "plan.json",
-    "sample": "samples.json",
-    "evaluate": "stages",
+    "fit_tokenizer": ("checkpoints",),
+    "tokenize": ("plan.json",),
+    "sample": ("samples.json",),
+    "evaluate": ("stages", "evaluation.json"),  # whose stages may be removed
 }
 """What a job of each kind leaves as soon as there is something to resume; until then its spec binds nobody."""
 
@@ -238,8 +238,9 @@ def _is_later_rank(spec: Spec) -> bool:
 def _has_begun(storage: Storage, *, kind: str) -> bool:
     if kind == "train":
         return bool(list_checkpoints(storage))  # a killed save leaves none behind
-    name = BEGUN_WITH.get(kind)
-    return name is None or storage.find(name) is not None or bool(storage.list(f"{name}/"))
+    if kind not in BEGUN_WITH:
+        return True
+    return any(storage.find(name) is not None or bool(storage.list(f"{name}/")) for name in BEGUN_WITH[kind])
 
 
 def _told(differing: list[tuple[str, Any, Any]]) -> str:

@@ -129,17 +129,6 @@ def test_a_finished_job_does_nothing(finished: EvaluateConfig) -> None:
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-def test_a_finished_job_whose_weights_are_gone_keeps_its_results(
-    copied: EvaluateConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    gone = copied.model_copy(update={"weights": str(tmp_path / "removed.safetensors")})
-    assert run_evaluate(gone) == f"{copied.run_dir}/evaluation.json"
-    assert "keeps its results" in caplog.text
-    (Path(copied.run_dir) / "evaluation.json").unlink()
-    with pytest.raises(ArtifactError, match=r"removed\.safetensors: it must be a weights file .* nothing there"):
-        run_evaluate(gone)
-
-
 def test_what_is_missing_is_made_again_and_nothing_else(finished: EvaluateConfig, copied: EvaluateConfig) -> None:
     run_dir = Path(copied.run_dir)
     lost = [

@@ -27,7 +27,7 @@ from training.evaluation.grouping import held_out_groups
 from training.evaluation.headline import headline_of
 from training.evaluation.held_out import score_held_out, spread_indices
 from training.evaluation.image_features import Reference, reference_features
-from training.evaluation.inputs import Inputs, LoadedModel, digests_of_weights, load_inputs
+from training.evaluation.inputs import Inputs, LoadedModel, binding_fields, digests_of_weights, load_inputs
 from training.evaluation.intervals import Intervals
 from training.evaluation.measures import (
     DISTANCES,
@@ -84,10 +84,10 @@ def run_evaluate(config: EvaluateConfig) -> str:
 
 
 def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
-    """Return whether the results of these weights are there; results outlive weights that are removed, with a warning.
+    """Return whether the results are there; they outlive weights that are removed, with a warning.
 
     Raises:
-        ArtifactError: they are of other weights: a run that has trained on.
+        ArtifactError: they are of another spec, or of other weights: a run that has trained on.
     """
     if storage.find(RESULT) is None:
         return False
@@ -97,14 +97,25 @@ def is_finished(storage: Storage, *, config: EvaluateConfig) -> bool:
         digests = digests_of_weights(config)
     except ArtifactError as error:
         logger.warning("evaluate run_dir=%s keeps its results; its weights cannot be compared: %s", storage, error)
-        return True
+        digests = {}
     differing = [name for name, digest in digests.items() if before[name]["sha256"] != digest]
     if differing:
         raise ArtifactError(
             f"evaluate into {storage}: its results must be of the weights that the spec names, got another content of "
             f"{', '.join(differing)}; set another run_dir"
         )
+    _check_spec(storage, result["spec"], config=config)
     return True
+
+
+def _check_spec(storage: Storage, before: dict[str, Any], *, config: EvaluateConfig) -> None:
+    old, new = binding_fields(type(config).model_validate(before)), binding_fields(config)
+    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if differing:
+        raise ArtifactError(
+            f"evaluate into {storage}: its results must be of this spec, but these fields differ: "
+            f"{', '.join(differing)}; set another run_dir"
+        )
 
 
 def read_evaluation(storage: Storage) -> dict[str, Any]:

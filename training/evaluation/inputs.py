@@ -99,7 +99,7 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         )
     features = load_features(config.features.network, device=device, weights=config.features.weights)
     digests = {
-        "spec": _digest_of_spec(config),
+        "spec": _digest_of(binding_fields(config)),
         **digests_of_weights(config),
         "tokenizer": tokenizer.fingerprint.digest,
         "features": features.fingerprint,
@@ -118,6 +118,22 @@ def load_inputs(config: EvaluateConfig) -> Inputs:
         class_captions=class_captions,
         digests=digests,
     )
+
+
+def binding_fields(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the fields of a spec that its results depend on, as JSON values.
+
+    Without defaults, so that fields which a later version adds do not change it; a section that holds a free field is
+    there in any case, or giving that field its default would.
+    """
+    fields = config.model_dump(mode="json", exclude_defaults=True)
+    for name in ("run_dir", *FREE_FIELDS):
+        *parents, field = name.split(".")
+        level = fields
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level.pop(field, None)
+    return fields
 
 
 def digest_of_shards(shard_set: ShardSet) -> str:
@@ -173,18 +189,6 @@ def _check_strides(config: EvaluateConfig, model: LoadedModel, control: LoadedMo
                 f"evaluate {loaded.file.path}: {name} must be in [1, its window_size = {window_size}], got "
                 f"{sampler.stride}; lower it"
             )
-
-
-def _digest_of_spec(config: EvaluateConfig) -> str:
-    # Without defaults, so that fields which a later version adds do not change it.
-    fields = config.model_dump(mode="json", exclude_defaults=True)
-    for name in ("run_dir", *FREE_FIELDS):
-        *parents, field = name.split(".")
-        level = fields
-        for parent in parents:
-            level = level.get(parent, {})
-        level.pop(field, None)
-    return _digest_of(fields)
 
 
 def _digest_of(values: Any) -> str:

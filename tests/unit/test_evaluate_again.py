@@ -1,0 +1,67 @@
+"""An `evaluate` job that is run again: with another spec, with settings that are free, and without its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from toy_evaluation import write_inputs
+
+from jobs.run import run_spec
+from pipeline.storage import ArtifactError
+from training.evaluation.config import EvaluateConfig, FeaturesConfig
+from training.evaluation.evaluate import run_evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
+    """An evaluation that ran to its end, of a model alone."""
+    inputs = write_inputs(tmp_path_factory.mktemp("evaluate"))
+    config = inputs.model_copy(update={"control": None, "training_set": None, "tuning": None})
+    run_spec(config)
+    return config
+
+
+@pytest.fixture
+def copied(finished: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
+    """The same with a directory of its own."""
+    shutil.copytree(finished.run_dir, tmp_path / "evaluation")
+    return finished.model_copy(update={"run_dir": str(tmp_path / "evaluation")})
+
+
+def test_results_of_another_spec_are_never_taken(copied: EvaluateConfig) -> None:
+    other = copied.model_copy(update={"seed": 10})
+    rule = r"its results must be of this spec, but these fields differ: seed; set another run_dir"
+    with pytest.raises(ArtifactError, match=rule):
+        run_evaluate(other)
+    run_evaluate(copied.model_copy(update={"device": "auto", "features": FeaturesConfig()}))  # free
+
+
+def test_results_bind_their_spec_also_where_the_stages_are_gone(copied: EvaluateConfig) -> None:
+    shutil.rmtree(Path(copied.run_dir) / "stages")
+    with pytest.raises(ArtifactError, match=r"these fields differ: seed \(there 9, in the spec 10\)"):
+        run_spec(copied.model_copy(update={"seed": 10}))
+    assert json.loads((Path(copied.run_dir) / "spec.json").read_text())["seed"] == 9
+
+
+def test_an_evaluation_goes_on_without_the_cache_that_it_began_with(copied: EvaluateConfig) -> None:
+    (Path(copied.run_dir) / "evaluation.json").unlink()
+    run_evaluate(copied.model_copy(update={"features": FeaturesConfig()}))
+    assert (Path(copied.run_dir) / "evaluation.json").exists()
+
+
+def test_a_finished_job_whose_weights_are_gone_keeps_its_results(
+    copied: EvaluateConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = Path(copied.weights)
+    weights.rename(weights.with_name("elsewhere"))
+    try:
+        assert run_evaluate(copied) == f"{copied.run_dir}/evaluation.json"
+        assert "keeps its results" in caplog.text
+        (Path(copied.run_dir) / "evaluation.json").unlink()
+        with pytest.raises(ArtifactError, match=r"model\.safetensors: it must be a weights file .* nothing there"):
+            run_evaluate(copied)
+    finally:
+        weights.with_name("elsewhere").rename(weights)
