@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toy_corpus import sample_members, write_tar
 from toy_evaluation import write_inputs
 
 from jobs.run import run_spec
 from pipeline.storage import ArtifactError
-from training.evaluation.config import EvaluateConfig, FeaturesConfig
+from training.evaluation.config import EvaluateConfig, FeaturesConfig, ReferenceConfig
 from training.evaluation.evaluate import run_evaluate
 
 
@@ -29,6 +30,19 @@ def copied(finished: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
     """The same with a directory of its own."""
     shutil.copytree(finished.run_dir, tmp_path / "evaluation")
     return finished.model_copy(update={"run_dir": str(tmp_path / "evaluation")})
+
+
+def test_labels_beyond_the_models_classes_are_refused_before_anything_is_drawn(
+    finished: EvaluateConfig, tmp_path: Path
+) -> None:
+    members = [member for number in range(12) for member in sample_members(number, label=number)]
+    tuning = {"kind": "webdataset", "urls": [str(write_tar(tmp_path / "more-classes.tar", members))]}
+    report = finished.reference.source.model_dump()
+    reference = ReferenceConfig.model_validate({"source": tuning, "report_source": report, "num_images": 24})
+    config = finished.model_copy(update={"run_dir": str(tmp_path / "evaluation"), "reference": reference})
+    with pytest.raises(ArtifactError, match=r"labels below the model's num_classes = 3, got up to 11; name a corpus"):
+        run_evaluate(config)
+    assert not (tmp_path / "evaluation/stages/samples").exists()
 
 
 def test_results_of_another_spec_are_never_taken(copied: EvaluateConfig) -> None:

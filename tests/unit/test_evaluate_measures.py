@@ -99,6 +99,15 @@ def test_the_distance_of_a_class_is_that_of_its_own_images() -> None:
     )
 
 
+def test_images_without_a_label_are_no_class_of_their_own() -> None:
+    labels_N = np.array([-1] * 6 + [2] * 6)
+    reference = Reference(
+        tuning=half(moved(1), moved(2)), report=half(moved(0), moved(0), labels_N=labels_N), num_rejected=0
+    )
+    found = distance_of_class(moved(3), labels_N, reference=reference, intervals=INTERVALS)
+    assert values_of(found) == pytest.approx({"2": kernel_distance(moved(3)[6:], moved(0)[6:])})
+
+
 def test_caption_score_is_of_decoded_images_by_a_map_of_those_that_have_captions() -> None:
     ways = {"to the east": [1, 0], "to the north": [0, 1], "east": [2, 0.1], "north": [0.1, 2]}
     east, north = (np.tile(np.float32([x, y]), (4, 1)) for x, y in ((1, 0), (0, 1)))

@@ -57,7 +57,6 @@ def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
         ({}, None),
         ({"group_field": "concept"}, [5, 0, 3]),
         ({"group_field": "concept", "group_separator": "-"}, [2, 0, 1]),
-        ({"group_field": "group"}, [0, 0, 0]),
     ],
 )
 def test_groups_come_from_a_field_of_the_source(
@@ -79,6 +78,13 @@ def test_a_field_that_is_not_there_is_told_with_the_sample(shard_set: ShardSet) 
         ArtifactError, match=r"held_out\.group_field, sample .*: group_field must be .* only concept, group"
     ):
         held_out_groups(config, shard_set, sample_indices=np.array([1]))
+
+
+def test_one_group_of_all_samples_is_refused_as_its_interval_would_be_a_point(shard_set: ShardSet) -> None:
+    config = HeldOutConfig(shards="unused", group_field="group")
+    rule = r"held_out\.group_field must tell 2 or more groups of samples apart, got 'toys' for all 3; name another"
+    with pytest.raises(ArtifactError, match=rule):
+        held_out_groups(config, shard_set, sample_indices=np.array([5, 0, 3]))
 
 
 def test_a_null_field_is_no_group_of_all_that_have_none() -> None:

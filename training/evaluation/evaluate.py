@@ -26,7 +26,7 @@ from training.evaluation.flips import flip_rates
 from training.evaluation.grouping import held_out_groups
 from training.evaluation.headline import headline_of
 from training.evaluation.held_out import score_held_out, spread_indices
-from training.evaluation.image_features import Reference, reference_features
+from training.evaluation.image_features import Half, Reference, reference_features
 from training.evaluation.inputs import Inputs, LoadedModel, binding_fields, digests_of_weights, load_inputs
 from training.evaluation.intervals import Intervals
 from training.evaluation.measures import (
@@ -164,7 +164,7 @@ class _Evaluation:
             self._stages, config.reference, tokenizer=inputs.tokenizer, reader=inputs.reader, s3=config.s3
         )
         self._check_captions(reference)
-        labels_N = self._labels(reference.labels_for(reference.report), num_samples=config.num_samples)
+        labels_N = self._labels(reference, reference.report, num_samples=config.num_samples)
         sampler, tried = self._tuned(reference)
         plan = self._plan(labels_N, counters_N=np.arange(len(labels_N), dtype=np.int64))
         samples = self._draw("samples", inputs.model, sampler=sampler, plan=plan)
@@ -238,10 +238,12 @@ class _Evaluation:
         control = None if inputs.control is None else scores_of("control", inputs.control)
         return summarise_held_out(model, control, intervals=self._intervals, groups_N=groups_N)
 
-    def _labels(self, labels: Int64Array, *, num_samples: int) -> Int64Array:
-        """Labels of samples, in the proportions of those of real images."""
-        if not len(labels) or labels[-1] >= self._num_classes:
-            got = f"up to {labels[-1]}" if len(labels) else "none"
+    def _labels(self, reference: Reference, half: Half, *, num_samples: int) -> Int64Array:
+        """Labels of samples, in the proportions of those of the real images of a half's corpus."""
+        labels = reference.labels_for(half)
+        highest = max(int(either.labels_N.max()) for either in (reference.tuning, reference.report))
+        if not len(labels) or highest >= self._num_classes:
+            got = f"up to {highest}" if len(labels) else "none"
             raise ArtifactError(
                 "evaluate: the reference must have labels below the model's num_classes = "
                 f"{self._num_classes}, got {got}; name a corpus with the classes that the model was trained on"
@@ -286,7 +288,7 @@ class _Evaluation:
         if config.tuning is None:
             return config.sampler, None
         half = reference.tuning
-        labels_N = self._labels(reference.labels_for(half), num_samples=config.tuning.num_samples)
+        labels_N = self._labels(reference, half, num_samples=config.tuning.num_samples)
         # Counters behind those of the reported samples: other draws than theirs.
         plan = self._plan(labels_N, counters_N=config.num_samples + np.arange(len(labels_N), dtype=np.int64))
         return tune_sampler(

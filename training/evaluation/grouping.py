@@ -41,7 +41,7 @@ def held_out_groups(config: HeldOutConfig, shard_set: ShardSet, *, sample_indice
     """Return the group of each sample as a number from 0 on; none where the config names no field.
 
     Raises:
-        ArtifactError: a sample has no such field.
+        ArtifactError: a sample has no such field, or all are of one group, of which no other draw can be made.
     """
     if config.group_field is None:
         return None
@@ -50,4 +50,10 @@ def held_out_groups(config: HeldOutConfig, shard_set: ShardSet, *, sample_indice
         extra = shard_set.metadata(index).get("extra") or {}
         of = f"held_out.group_field, sample {shard_set.sample_name(index)}"
         names.append(before(config.group_separator, group_in(extra, config.group_field, of=of)))
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+    groups, groups_N = np.unique(names, return_inverse=True)
+    if len(groups) < 2:
+        raise ArtifactError(
+            f"evaluate: held_out.group_field must tell 2 or more groups of samples apart, got {names[0]!r} for all "
+            f"{len(names)}; name another field, or none"
+        )
+    return groups_N.astype(np.int64)

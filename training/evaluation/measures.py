@@ -140,11 +140,12 @@ def distance_of_class(
     features_NF: FloatFeatures, labels_N: Int64Array, *, reference: Reference, intervals: Intervals
 ) -> dict[str, Any]:
     """Return the kernel distance of a set to the report half, of each class that has enough images in both."""
+    has_label_N = labels_N >= 0
     return intervals.of_distance_by_class(
         kernel_distance,
-        features_NF,
+        features_NF[has_label_N],
         reference.report.real_NF,
-        labels_N=labels_N,
+        labels_N=labels_N[has_label_N],
         labels_M=reference.report.labels_N,
     )
 
