@@ -34,7 +34,7 @@ REPORT_NAME = "report.html"
 MEANINGS = {
     "own_draft_loss_0": "held-out cross-entropy of offset 0, the code that is kept, in windows of own drafts",
     "loss_0": "the same in windows noised by the schedule",
-    "loss": "held-out loss as it is trained: the weighted sum over offsets",
+    "loss": "held-out loss as it is trained: the weighted mean over offsets",
     "steps": "steps taken",
     "seconds": "seconds of training",
     "flip_rate": "share of codes that differ from their first draft",

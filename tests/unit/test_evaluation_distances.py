@@ -86,6 +86,13 @@ def test_kernel_distance_of_one_distribution_is_zero_on_average() -> None:
 
 
 @pytest.mark.parametrize("measure", [frechet_distance, kernel_distance])
+def test_distances_of_float32_features_are_computed_in_float64(measure) -> None:
+    # Far from the origin, as features of a network are: in float32 the small distance drowns in the rounding.
+    a_NF, b_MF = samples(12, (300, 20), shift=30.0), samples(12, (600, 20), shift=30.0)[300:]
+    assert measure(a_NF, b_MF) == pytest.approx(measure(a_NF.astype(np.float64), b_MF.astype(np.float64)), rel=1e-9)
+
+
+@pytest.mark.parametrize("measure", [frechet_distance, kernel_distance])
 def test_distances_refuse_what_they_cannot_compare(measure) -> None:
     good = np.zeros((3, 4))
     with pytest.raises(ValueError, match=r"got \(3, 4\) and \(3, 5\)"):
@@ -93,4 +100,6 @@ def test_distances_refuse_what_they_cannot_compare(measure) -> None:
     with pytest.raises(ValueError, match="N >= 2"):
         measure(good, good[:1])
     with pytest.raises(ValueError, match="must be finite"):
-        measure(good, np.full((3, 4), np.nan))
+        measure(good, np.where(np.eye(3, 4) == 1, np.inf, good))
+    with pytest.raises(ValueError, match="must be finite"):
+        measure(np.where(np.eye(3, 4) == 1, np.nan, good), good)
