@@ -64,6 +64,44 @@ def test_distances_are_to_the_report_half_as_it_is_and_decoded() -> None:
     assert values_of(to_decoded) == pytest.approx({"samples": 16, "decoded": 4}, rel=1e-4)
 
 
+def test_as_many_samples_as_the_tuning_half_has_are_taken_evenly_over_the_classes() -> None:
+    numbers = np.arange(7, dtype=np.float32)[:, None]
+    reference = Reference(tuning=half(numbers[:4], -numbers[:4]), report=half(numbers, numbers), num_rejected=0)
+    sets = compared_sets(sample_set(numbers), reference)  # sorted by their labels, so the first four lack the last ones
+    assert {of: features_NF[:, 0].tolist() for of, features_NF in sets.items()} == {
+        "samples": [0, 1, 3, 5],
+        "real": [0, 1, 2, 3],
+        "decoded": [0, -1, -2, -3],
+    }
+    few = compared_sets(sample_set(numbers[:3]), reference)
+    assert {of: len(features_NF) for of, features_NF in few.items()} == {"samples": 3, "real": 3, "decoded": 3}
+
+
+def test_intervals_have_the_draws_and_the_seed_of_the_spec() -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
+        sizes.append((len(a_NF), len(b_MF)))
+        return float(a_NF.sum() - b_MF.sum())
+
+    def ends(seed: int) -> list[float]:
+        intervals = Intervals(BootstrapConfig(num_resamples=5, min_per_class=4), seed=seed)
+        labels_N = np.array([0, 1] * 6)
+        found = [
+            intervals.of_mean(POINTS[:, 0]),
+            intervals.of_mean_by_class(POINTS[:, 0], labels_N)["0"],
+            intervals.of_distance(distance, POINTS, POINTS[:9]),
+            intervals.of_distance_by_class(distance, POINTS, POINTS, labels_N=labels_N, labels_M=labels_N)["0"],
+        ]
+        return [one["low"] for one in found if one is not None]
+
+    first = ends(1)
+    assert sizes[:6] == [(12, 9)] + [(6, 4)] * 5  # the whole sets, and halves without repeats
+    assert sizes[6:12] == [(6, 6)] + [(3, 3)] * 5
+    assert first == ends(1)
+    assert all(one != other for one, other in zip(first, ends(2), strict=True))
+
+
 def test_precision_is_of_samples_and_recall_of_real_images() -> None:
     line = np.arange(12, dtype=np.float32)[:, None]
     close = (0.5 + 0.001 * line).astype(np.float32)  # in the balls of the real images at 0, 1 and 2; their own are tiny

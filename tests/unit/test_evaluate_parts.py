@@ -29,7 +29,7 @@ from training.evaluation.real_images import choose_images, crop_images, is_in_re
 from training.evaluation.samples import SampleSet, proportional_labels
 from training.evaluation.stages import Stages, joined
 from training.evaluation.tuning import fields_at_edge
-from training.noise import draft_windows, make_windows
+from training.noise import draft_windows, make_windows, noise_windows
 from training.tensorar import TensorAR, build_model
 
 
@@ -204,7 +204,16 @@ def test_scores_are_those_of_full_logits_sample_by_sample(shard_set: ShardSet) -
     drafts_BTK = draft_windows(
         model, windows_BTK, labels_B, seed=seed, step=0, sample_counters_B=torch.from_numpy(indices)
     )
-    for kind, windows in (("schedule", windows_BTK), ("own_drafts", drafts_BTK)):
+    uniform_BTK = noise_windows(
+        codes_BT,
+        betas=[0, 1, 1],
+        codebook_size=16,
+        coupling="independent",
+        seed=seed,
+        step=0,
+        sample_counters_B=torch.from_numpy(indices),
+    )
+    for kind, windows in (("schedule", windows_BTK), ("own_drafts", drafts_BTK), ("uninformed", uniform_BTK)):
         with torch.no_grad():
             logits_BTKV = model(windows, labels_B)
         for sample in range(3):
@@ -216,6 +225,7 @@ def test_scores_are_those_of_full_logits_sample_by_sample(shard_set: ShardSet) -
                 hits = (logits.argmax(-1) == targets).double().mean().item()
                 assert scores[f"accuracy_{kind}"][sample, offset] == pytest.approx(hits)
     assert not np.allclose(scores["loss_uninformed"], scores["loss_schedule"])
+    assert not np.allclose(scores["loss_uninformed"], scores["loss_own_drafts"])
 
 
 def test_scores_do_not_depend_on_the_batch(shard_set: ShardSet) -> None:
@@ -246,7 +256,7 @@ def test_draft_shift_and_interference_add_up_to_the_gap() -> None:
         return values | {f"accuracy_{kind}": np.array([[0.25, 0.0], [0.75, 0.0]]) for kind in losses}
 
     intervals = Intervals(BootstrapConfig(num_resamples=20), seed=0)
-    summary = summarise_held_out(scores(3.25, 4.0, 3.75), scores(3.5, 3.5, 3.5), intervals=intervals)
+    summary = summarise_held_out(scores(3.25, 4.0, 3.75), scores(9.0, 3.5, 7.0), intervals=intervals)
     values = {name: difference["value"] for name, difference in summary["differences"].items()}
     assert values == {
         "draft_shift": 0.75,
@@ -259,7 +269,13 @@ def test_draft_shift_and_interference_add_up_to_the_gap() -> None:
     assert summary["model"]["schedule"] == {"loss_of_offset": [3.25, 9.0], "accuracy_of_offset": [0.5, 0.0]}
     # Differences are paired: both samples have the same, so there is nothing to be uncertain about.
     assert (summary["differences"]["gap"]["low"], summary["differences"]["gap"]["high"]) == (0.5, 0.5)
+    assert summary["control_offset_0"]["value"] == 3.5  # with the drafts that it would have in sampling
     assert "gap" not in summarise_held_out(scores(1, 1, 1), None, intervals=intervals)["differences"]
+    in_groups = summarise_held_out(
+        scores(3.25, 4.0, 3.75), scores(9.0, 3.5, 7.0), intervals=intervals, groups_N=np.array([0, 1])
+    )
+    of_means = [*in_groups["offset_0"].values(), *in_groups["differences"].values(), in_groups["control_offset_0"]]
+    assert [one["num_groups"] for one in of_means] == [2] * 9
 
 
 def test_samples_are_spread_evenly() -> None:

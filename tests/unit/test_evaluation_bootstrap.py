@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.evaluation.bootstrap import interval, intervals_by_group, resample
+from training.evaluation.bootstrap import Method, interval, intervals_by_group, resample
 from training.evaluation.distances import frechet_distance
 
 
@@ -39,6 +39,26 @@ def test_interval_of_a_mean_is_1_96_standard_errors_wide(method) -> None:
     error = values.std(ddof=1) / 20
     assert found.high - found.value == pytest.approx(1.96 * error, rel=0.15)
     assert found.value - found.low == pytest.approx(1.96 * error, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("method", "level", "ends"), [("replacement", 0.95, [0.025, 0.975]), ("halves", 0.8, [0.1, 0.9])]
+)
+def test_the_ends_are_quantiles_of_the_draws_those_of_halves_about_the_value(
+    method: Method, level: float, ends: list[float]
+) -> None:
+    values, seen = np.random.default_rng(1).exponential(size=30), []
+
+    def statistic(positions: np.ndarray) -> float:
+        seen.append(float(values[positions].max()))
+        return seen[-1]
+
+    found = interval(statistic, [30], method=method, seed=5, num_draws=40, level=level)
+    value, *draws = seen
+    moved = value - np.mean(draws) if method == "halves" else 0.0
+    assert len(draws) == 40
+    assert [found.low, found.high] == pytest.approx(np.quantile(draws, ends) + moved)
+    assert found.value == value == values.max()
 
 
 def fresh_sets(seed: int, *, dims: int, count: int) -> tuple[np.ndarray, np.ndarray]:
