@@ -40,7 +40,8 @@ def write_inputs(root: Path) -> EvaluateConfig:
     """Toy tars, a random tokenizer, the codes of one tar as training and of one as held-out set, and two models."""
     for tar in range(2):
         numbers = range(12 * tar, 12 * tar + 12)
-        write_tar(root / f"tars/{tar}.tar", [member for number in numbers for member in sample_members(number)])
+        members = [member for number in numbers for member in sample_members(number, concept=f"toy{number // 2}")]
+        write_tar(root / f"tars/{tar}.tar", members)
     weights = write_tiny_tokenizer(root / "tokenizer.safetensors")
     for tar, name in enumerate(("training", "held-out")):
         source = {"kind": "webdataset", "urls": [f"{root}/tars/{tar}.tar"]}
@@ -56,7 +57,7 @@ def write_inputs(root: Path) -> EvaluateConfig:
             "weights": str(model),
             "control": {"weights": str(control)},
             "tokenizer": job.tokenizer.model_dump(),
-            "held_out": {"shards": str(root / "held-out"), "num_samples": 10},
+            "held_out": {"shards": str(root / "held-out"), "num_samples": 10, "group_field": "concept"},
             "reference": {"source": {"kind": "webdataset", "urls": [f"{root}/tars/*.tar"]}, "num_images": 24},
             "training_set": {"shards": str(root / "training"), "num_views": 2},
             "sampler": {"draft_policy": "coupled"},

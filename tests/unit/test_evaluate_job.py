@@ -14,6 +14,7 @@ from toy_evaluation import result_of, write_inputs, write_model
 
 from jobs.evaluation_report import evaluate_and_report
 from jobs.run import run_spec
+from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError, open_storage
 from tokenization.tokenizer import Tokenizer
 from training.evaluation.adm_npz import read_adm_npz
@@ -21,7 +22,8 @@ from training.evaluation.config import EvaluateConfig, ReferenceConfig
 from training.evaluation.distances import frechet_distance, kernel_distance
 from training.evaluation.evaluate import read_evaluation, run_evaluate
 from training.evaluation.features import load_features
-from training.evaluation.image_features import FeatureReader, reference_features
+from training.evaluation.image_features import FeatureReader, TrainingImages, reference_features
+from training.evaluation.neighbours import near_duplicate_threshold
 from training.evaluation.real_images import choose_images, crop_images
 from training.evaluation.samples import proportional_labels
 from training.evaluation.stages import Stages
@@ -60,6 +62,7 @@ def test_all_that_is_promised_is_written_and_agrees(finished: EvaluateConfig) ->
     assert result["flips"]["draft_policy"] == "coupled"
     assert [len(result["flips"][name]) for name in ("of_position", "of_offset")] == [16, 3]
     assert result["held_out"]["num_samples"] == 10
+    assert result["held_out"]["offset_0"]["own_drafts"]["num_groups"] == 6  # pairs of the twelve
     parts = result["held_out"]["differences"]
     assert parts["gap"]["value"] == pytest.approx(parts["draft_shift"]["value"] + parts["interference"]["value"])
     distance = result["measures"]["frechet_distance"]
@@ -67,6 +70,9 @@ def test_all_that_is_promised_is_written_and_agrees(finished: EvaluateConfig) ->
     assert counts[0] == counts[1] == counts[2]
     assert distance["samples"]["value"] > distance["real"]["value"]
     assert result["memorised"]["num_training_images"] == 24
+    training = np.load(run_dir / "stages" / "training_set" / "00000.npz")["features"]
+    threshold = near_duplicate_threshold(training[::2])  # without the mirror images
+    assert result["memorised"]["threshold"] == pytest.approx(threshold, rel=1e-12)
     headline = result["headline"]
     assert headline["gap"] == {part: parts["gap"][part] for part in ("value", "low", "high")}
     assert headline["frechet_distance_real"]["value"] == distance["real"]["value"]
@@ -284,6 +290,20 @@ def test_a_half_of_the_reference_holds_its_images_and_what_their_codes_decode_to
     expected = features.extract(np.concatenate([pixels_NHWC, decoded_NHWC]))
     np.testing.assert_allclose(reference.report.real_NF[:3], expected[:3], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(reference.report.decoded_NF[:3], expected[3:], rtol=1e-4, atol=1e-5)
+
+
+def test_training_images_are_decoded_view_by_view_of_samples_spread_over_the_set(finished: EvaluateConfig) -> None:
+    assert finished.training_set is not None
+    config = finished.training_set.model_copy(update={"num_samples": 3})
+    tokenizer = Tokenizer.load(finished.tokenizer)
+    images = TrainingImages(config, tokenizer=tokenizer, s3=finished.s3)
+    shard_set = ShardSet.open(config.shards)
+    places = [(sample, view) for sample in (0, 4, 8) for view in (0, 1)]  # of twelve
+    codes = [shard_set.read_batch(np.array([sample]), views=np.array([view]))[0] for sample, view in places]
+    decoded_NHWC = tokenizer.decode(np.concatenate(codes))
+    assert len(images) == 6
+    assert np.array_equal(images.decode(np.array([5, 0, 3])), decoded_NHWC[[5, 0, 3]])
+    assert not np.array_equal(decoded_NHWC[0], decoded_NHWC[1])
 
 
 def test_tuning_may_leave_the_tokenizer_out(finished: EvaluateConfig, tmp_path: Path) -> None:

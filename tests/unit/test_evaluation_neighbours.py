@@ -62,6 +62,12 @@ def test_equal_images_are_each_others_neighbours_but_none_is_its_own() -> None:
     assert nearest_other(features).index_N.tolist() == [1, 0, 3, 2]
 
 
+def test_distances_of_float32_features_are_computed_in_float64() -> None:
+    features = (np.random.default_rng(3).normal(size=(20, 3)) + 50).astype(np.float32)
+    expected = [radius(features.astype(np.float64), position, k=2) for position in range(20)]
+    assert neighbour_distances(features, k=2) == pytest.approx(expected, rel=1e-7)
+
+
 def test_nearest_is_that_of_all_pairs() -> None:
     samples, references = two_sets()
     cosines = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in references] for a in samples]
@@ -95,6 +101,7 @@ def test_threshold_is_the_quantile_of_the_distances_to_the_nearest_other_image()
     references = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     # Nearest other: 1, 1, 9, 20 and 30 degrees; the median is 9.
     assert near_duplicate_threshold(references, quantile=0.5) == pytest.approx(1 - np.cos(np.radians(9)))
+    assert near_duplicate_threshold(references) == pytest.approx(1 - np.cos(np.radians(1)))  # one in a hundred
 
 
 def test_an_exact_copy_counts_where_the_training_images_have_copies_themselves() -> None:
