@@ -52,6 +52,13 @@ def test_a_real_sample_is_ranked_without_itself() -> None:
     assert label_ranks(means, features, labels)[:-1].sum() < sum(expected)
 
 
+def test_each_real_sample_of_a_class_of_two_is_ranked_against_the_other() -> None:
+    features = np.array([[1, 0], [1, 0.1], [1, 2], [0.2, 1], [1, -3]])
+    means = class_means(features, np.array([0, 0, 1, 1, 2]), num_classes=3)
+    # The two of class 1 lie 15 degrees apart, and 61 and 76 from the mean of class 0; the one of class 2 is alone.
+    assert label_ranks_left_one_out(means, features, np.array([0, 0, 1, 1, 2])).tolist() == [0, 0, 0, 0, -1]
+
+
 def test_classes_without_real_samples_are_not_scored() -> None:
     features, labels = real_set()
     means = class_means(features, labels, num_classes=6)
