@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from toy_corpus import sample_members, write_tar
 from toy_evaluation import write_inputs
@@ -20,7 +21,7 @@ from training.evaluation.evaluate import run_evaluate
 def finished(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     """An evaluation that ran to its end, of a model alone."""
     inputs = write_inputs(tmp_path_factory.mktemp("evaluate"))
-    config = inputs.model_copy(update={"control": None, "training_set": None, "tuning": None})
+    config = inputs.model_copy(update={"control": None, "tuning": None})
     run_spec(config)
     return config
 
@@ -64,6 +65,19 @@ def test_an_evaluation_goes_on_without_the_cache_that_it_began_with(copied: Eval
     (Path(copied.run_dir) / "evaluation.json").unlink()
     run_evaluate(copied.model_copy(update={"features": FeaturesConfig()}))
     assert (Path(copied.run_dir) / "evaluation.json").exists()
+
+
+def test_mirror_images_do_not_set_the_threshold_of_repeated_ones(copied: EvaluateConfig) -> None:
+    run_dir = Path(copied.run_dir)
+    (run_dir / "evaluation.json").unlink()
+    # Twelve training images at right angles to each other, each with a mirror image that is all but itself.
+    images_NF = np.eye(12, 1280, dtype=np.float32)
+    mirrored_NF = images_NF + 0.01 * np.eye(12, 1280, k=12, dtype=np.float32)
+    features_NF = np.stack([images_NF, mirrored_NF], axis=1).reshape(24, 1280)
+    np.savez(run_dir / "stages/training_set/00000.npz", features=features_NF)
+    run_evaluate(copied)
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert result["memorised"]["threshold"] == pytest.approx(1.0)
 
 
 def test_a_finished_job_whose_weights_are_gone_keeps_its_results(
