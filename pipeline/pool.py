@@ -106,7 +106,7 @@ class WorkerPool:
         self._deaths_in_a_row = self._outages_in_a_row = self._num_killers = 0
         self._paused_until_s = 0.0
         self._last_problem = ""
-        self._warned_s = time.monotonic()
+        self._looked_s = self._warned_s = time.monotonic()
 
     def run(self, units: Iterable[WorkUnit]) -> Generator[Finished | Poison | PoolState, None, None]:
         """Yield each unit once, when it is committed or given up, and the state about twice a second.
@@ -126,20 +126,25 @@ class WorkerPool:
                 self._assign()
                 for reference in self._wait():
                     yield from self._collect(reference)
-                yield self._state()
-                self._warn_if_none_starts()
+                if time.monotonic() - self._looked_s >= POLL_INTERVAL_S:
+                    self._looked_s = time.monotonic()
+                    yield self._state()
+                    self._warn_if_none_starts()
                 self._check_workers_left()
+            yield self._state()
         finally:  # in a joined cluster nobody else ends them
             for worker in [*self._units_of, *self._starting.values()]:
                 ray.kill(worker)
 
     def _wait(self) -> list[Any]:
-        """Return what has come to its end, after a while at most."""
+        """Return all that has come to its end, after a while at most."""
         references = [*self._running, *self._starting]
         if not references:  # a pause
             time.sleep(POLL_INTERVAL_S)
             return []
-        ready, _ = ray.wait(references, timeout=POLL_INTERVAL_S)
+        if not ray.wait(references, timeout=POLL_INTERVAL_S)[0]:
+            return []
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         return list(ready)
 
     def _start_worker(self) -> None:

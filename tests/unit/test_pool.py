@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from toy_corpus import tokenize_config, write_tars, write_tiny_tokenizer
 
 from pipeline import pool as pool_module
 from pipeline import tokenize
+from pipeline.cluster import ray_session
 from pipeline.config import TokenizeConfig
 from pipeline.ledger import read_record
-from pipeline.pool import Poison, WorkerPool
+from pipeline.pool import Poison, PoolState, WorkerPool
 from pipeline.sources.plan import WorkUnit
 from pipeline.sources.registry import make_source
 from pipeline.storage import ArtifactError, StorageUnavailableError, open_storage
 from pipeline.tokenize import run_tokenize
-from pipeline.worker import UnitTokenizer
+from pipeline.worker import Finished, UnitTokenizer
 from tokenization.tokenizer import Tokenizer
 
 OUTAGE = StorageUnavailableError("read s3://b/a: must succeed within s3.max_attempts = 8 attempts, got 503")
@@ -82,6 +84,19 @@ def test_a_last_unit_is_not_tried_three_times_in_a_breath(
         pool._waiting.clear()
         waits.append(pool._paused_until_s)
     assert waits == [105.0, 105.0]
+
+
+def test_workers_are_asked_by_the_clock_and_not_for_every_unit_that_is_finished(
+    config: TokenizeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = (write_tars(tmp_path / "many", num_tars=12, samples_per_tar=1),)
+    plan = make_source(config.source.model_copy(update={"urls": urls}), s3=config.s3).plan()
+    digest = Tokenizer.load(config.tokenizer).fingerprint.digest
+    monkeypatch.setattr(pool_module, "POLL_INTERVAL_S", 600.0)
+    pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=digest)
+    with ray_session(config.cluster):
+        kinds = Counter(type(event) for event in pool.run(plan.units))
+    assert kinds == {Finished: 12, PoolState: 1}  # the last one, that nothing is in flight
 
 
 def test_relative_paths_of_a_spec_start_from_the_jobs_directory(
