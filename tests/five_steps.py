@@ -45,7 +45,8 @@ config = TrainConfig(
 )
 ranks = join_ranks()
 model = build_model(config.model)
-model.base.load_state_dict(state)
+if ranks.is_first:  # whose weights are those of all
+    model.base.load_state_dict(state)
 engine = build_engine(model, config=config, ranks=ranks)
 own = slice(ranks.rank * 4 // ranks.world_size, (ranks.rank + 1) * 4 // ranks.world_size)
 for step in range(5):

@@ -20,8 +20,10 @@ from functools import partial
 
 import torch
 
+from pipeline.config import S3Config
 from pipeline.loader import Batch, Loader
 from pipeline.shard_set import ShardSet
+from pipeline.storage import ArtifactError
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name, set_record
 from training.config import TrainConfig
 from training.data import open_shards
@@ -35,7 +37,7 @@ from training.run_files import RunFiles
 from training.saver import CheckpointWriter
 from training.skipped import SkippedSteps
 from training.step import StepOutcome, Stepper
-from training.tensorar import build_model
+from training.tensorar import TensorAR, build_model
 from training.validation import Validation
 from training.wandb_board import WandbBoard, check_wandb
 from training.watchdog import Watchdog
@@ -107,12 +109,29 @@ def _prepare_engine(config: TrainConfig, *, ranks: Ranks, record: CheckpointReco
     if config.engine.ops == "native":
         model.use_native_ops()
     if record is None and config.warm_start is not None:
-        logger.info("warm start from %s", config.warm_start)
-        warm_start(model, config.warm_start, s3=config.s3)
+        warm_start_on_first(model, config.warm_start, s3=config.s3, ranks=ranks)
     engine = build_engine(model, config=config, ranks=ranks)
     if record is not None:
         resume_engine(engine, config=config, record=record)
     return engine
+
+
+def warm_start_on_first(model: TensorAR, path: str, *, s3: S3Config, ranks: Ranks) -> None:
+    """Copy weights into rank 0's model, which `build_engine` gives to all ranks: a thousand need not read one file.
+
+    Raises:
+        ArtifactError, OSError: they cannot be read or do not fit; the same on every rank.
+    """
+    error: Exception | None = None
+    if ranks.is_first:
+        logger.info("warm start from %s", path)
+        try:
+            warm_start(model, path, s3=s3)
+        except (ArtifactError, OSError) as found:
+            error = found  # raised on every rank below, so that none waits for the others
+    error = ranks.from_first(error)
+    if error is not None:
+        raise error
 
 
 def _watchdog(config: TrainConfig, *, ranks: Ranks, files: RunFiles) -> Watchdog:

@@ -269,6 +269,14 @@ def test_validation_measures_the_kept_code_after_own_drafts_too(finished: Path) 
     assert all(0 < abs(line["own_draft_loss_0"] - line["loss_of_offset"][0]) < 0.5 for line in lines)
 
 
+def test_weights_that_rank_0_cannot_begin_with_end_every_rank_with_its_reason(shards: Path, tmp_path: Path) -> None:
+    code, _ = run(config_of(tmp_path / "run", shards, warm_start=str(tmp_path / "nowhere"), validation=None))
+    assert code != 0
+    for rank in (0, 1):
+        log = (tmp_path / "run" / "logs" / f"rank_{rank:05d}.log").read_text()
+        assert f"find weights {tmp_path}/nowhere: it must be a weights file" in log
+
+
 @pytest.fixture(scope="module")
 def one_step(finished: Path, shards: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """One step from the weights of `finished`, every label dropped: the run, and weights before and after."""
