@@ -19,7 +19,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -115,8 +115,13 @@ def commit(staged_path: Path, path: Path) -> None:
             _fsync(Path(directory))
     else:
         _fsync(staged_path)
-    staged_path.replace(path)
-    _fsync(path.parent)
+    rename(staged_path, path)
+
+
+def rename(path: Path, new_path: Path) -> None:
+    """Give what is on disk already, with all below it, its new name, and return when the name is on disk too."""
+    path.replace(new_path)
+    _fsync(new_path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -132,9 +137,18 @@ def write_json(path: Path, value: Any) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file so that the removal outlives a crash; a missing file is fine."""
-    path.unlink(missing_ok=True)
-    if path.parent.exists():
-        _fsync(path.parent)
+    remove_all([path])
+
+
+def remove_all(paths: Iterable[Path]) -> None:
+    """Remove files so that the removals outlive a crash; missing files are fine."""
+    directories = set()
+    for path in paths:
+        path.unlink(missing_ok=True)
+        directories.add(path.parent)
+    for directory in directories:
+        if directory.exists():
+            _fsync(directory)
 
 
 def find_staged(directory: Path) -> list[Path]:
@@ -304,6 +318,10 @@ class LocalStorage(Storage):
     def remove(self, name: str) -> None:
         """See `Storage.remove`."""
         remove(self.root / name)
+
+    def remove_all(self, names: Iterable[str]) -> None:
+        """See `Storage.remove_all`; one fsync for each directory."""
+        remove_all(self.root / name for name in names)
 
     def find_staged(self) -> tuple[str, ...]:
         """See `Storage.find_staged`."""

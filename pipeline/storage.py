@@ -13,6 +13,7 @@ import json
 import re
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
@@ -134,6 +135,10 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file so that the removal outlives a crash; a missing file is fine."""
+
+    @abstractmethod
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Remove files, in no order, as `remove` does one: in a fraction of the time, and not all at one moment."""
 
     @abstractmethod
     def find_staged(self) -> tuple[str, ...]:

@@ -169,8 +169,7 @@ class _Job:
             return []
         storage.remove(MANIFEST_NAME)  # like the sidecars, it would speak of shards that are about to be replaced
         remove_sidecars(storage)
-        for name in found.uncommitted:
-            storage.remove(name)
+        storage.remove_all(found.uncommitted)
         is_retry = any(isinstance(unit.details, RetryDetails) for unit in waiting)
         poison: list[Poison] = []
         pool = WorkerPool(config, keys=plan.keys, fingerprint_digest=tokenizer.fingerprint.digest)

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.local_storage import LocalStorage, commit, raise_outage, sha256_of_file
+from pipeline.local_storage import LocalStorage, raise_outage, rename, sha256_of_file
 from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
@@ -156,10 +156,11 @@ def step_in_name(name: str) -> int | None:
 
 def list_checkpoints(storage: Storage) -> list[int]:
     """Return the steps of the committed checkpoints of a run, oldest first, unverified."""
-    names = (name.split("/") for name in storage.list(f"{CHECKPOINTS}/"))
-    # A directory that lost its record is listed locally, where only a rename makes the name; on S3 it is a leftover.
-    is_local = isinstance(storage, LocalStorage)
-    directories = {parts[1] for parts in names if len(parts) > 2 and (is_local or parts[2:] == [RECORD])}
+    if isinstance(storage, LocalStorage):  # only a rename makes the name, so one that lost its record is listed too
+        directories = set(LocalStorage(storage.root / CHECKPOINTS).folders())  # and not the files of every rank in them
+    else:  # without a record it is a leftover
+        names = (name.split("/") for name in storage.list(f"{CHECKPOINTS}/"))
+        directories = {parts[1] for parts in names if parts[2:] == [RECORD]}
     return sorted(step for step in map(step_in_name, directories) if step is not None)
 
 
@@ -315,15 +316,14 @@ def commit_checkpoint(storage: Storage, record: CheckpointRecord) -> None:
                 f"save checkpoint {storage.url_of(name)}: {file.name} must be there with {file.num_bytes} bytes, got "
                 "none or another; check that all ranks see one file system"
             )
-    for stray in found:
-        storage.remove(f"{prepared}/{stray}")
+    storage.remove_all(f"{prepared}/{stray}" for stray in found)
     signed = record.model_copy(update={"record_sha256": record.digest()})
     storage.write_json(f"{prepared}/{RECORD}", signed.model_dump(mode="json"))
     if isinstance(storage, LocalStorage):
         path = storage.root / name
         if path.exists():
             _remove_directory(path)
-        commit(storage.root / prepared, path)
+        rename(storage.root / prepared, path)  # whoever wrote a file of it has fsynced it
 
 
 def remove_partial(storage: Storage) -> None:
@@ -335,9 +335,8 @@ def remove_partial(storage: Storage) -> None:
         return
     storage.remove_staged()
     whole = {checkpoint_name(step) for step in list_checkpoints(storage)}
-    for name in storage.list(f"{CHECKPOINTS}/step_"):
-        if name.rpartition("/")[0] not in whole:
-            storage.remove(name)
+    listed = storage.list(f"{CHECKPOINTS}/step_")
+    storage.remove_all(name for name in listed if name.rpartition("/")[0] not in whole)
 
 
 def remove_old_checkpoints(
@@ -360,8 +359,7 @@ def _remove_checkpoint(storage: Storage, step: int) -> None:
         _remove_directory(storage.root / name)
         return
     storage.remove(f"{name}/{RECORD}")  # first: without it the rest is a leftover
-    for path in storage.list(f"{name}/"):
-        storage.remove(path)
+    storage.remove_all(storage.list(f"{name}/"))
 
 
 def _remove_directory(path: Path) -> None:

@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 1.0
+_NUM_READ_THREADS = 16
 
 
 class RankReport(Config):
@@ -246,6 +248,9 @@ class _Write:
         with contextlib.suppress(FileNotFoundError):
             self._storage.write_json(self._report_name(self._ranks.rank), report.model_dump(mode="json"))
 
+    def _read_report(self, rank: int) -> RankReport:
+        return RankReport.model_validate_json(self._storage.read_bytes(self._report_name(rank)))
+
     def _report_name(self, rank: int) -> str:
         return f"{self._directory}/rank_{rank:05d}.{self._token}.json"
 
@@ -257,16 +262,19 @@ class _Write:
         """
         names = [self._report_name(rank) for rank in range(self._ranks.world_size)]
         deadline, pause_s = time.monotonic() + self._config.engine.step_timeout_s, _FIRST_POLL_S
-        reports: dict[str, RankReport] = {}
+        reports: dict[int, RankReport] = {}
         while True:
-            for name in sorted(set(self._storage.list(f"{self._directory}/rank_")) & set(names) - set(reports)):
-                reports[name] = report = RankReport.model_validate_json(self._storage.read_bytes(name))
-                if report.error is not None:
-                    raise _rank_failed(self._storage, names.index(name), report.error)
+            listed = self._storage.list(f"{self._directory}/rank_")
+            new = [rank for rank, name in enumerate(names) if name in listed and rank not in reports]
+            with ThreadPoolExecutor(_NUM_READ_THREADS) as threads:
+                reports |= zip(new, threads.map(self._read_report, new), strict=True)
+            for rank in new:
+                if (error := reports[rank].error) is not None:
+                    raise _rank_failed(self._storage, rank, error)
             if len(reports) == len(names):
-                return [reports[name] for name in names]
+                return [reports[rank] for rank in range(len(names))]
             if time.monotonic() > deadline:
-                missing = next(rank for rank, name in enumerate(names) if name not in reports)
+                missing = next(rank for rank in range(len(names)) if rank not in reports)
                 raise ArtifactError(
                     f"save checkpoint {self._storage.url_of(self._directory)}: every rank must report its file within "
                     f"engine.step_timeout_s = {self._config.engine.step_timeout_s:g} s of rank 0, got none of rank "

@@ -7,6 +7,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from python_child import run_python
@@ -15,6 +16,7 @@ from s3_server import S3Server
 
 from pipeline.config import S3Config
 from pipeline.s3 import staging
+from pipeline.s3.requests import S3Requests
 from pipeline.s3.storage import S3Storage
 from pipeline.storage import ArtifactError, StorageFullError, open_storage
 
@@ -135,6 +137,28 @@ def test_an_upload_of_a_killed_process_is_invisible_and_removed(
     assert storage.remove_staged() == 1
     assert storage.remove_staged() == 0
     assert storage.read_bytes("a.tar") == b"old"
+
+
+def test_many_objects_are_removed_side_by_side_and_not_all_at_once(
+    storage: S3Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        storage.write_bytes(f"reports/{number:05d}.json", b"1")
+    send, under_way, seen = S3Requests.send, 0, set()
+
+    async def watched_send(self: S3Requests, method: str, **kwargs: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        seen.add(under_way)
+        try:
+            return await send(self, method, **kwargs)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(S3Requests, "send", watched_send)
+    storage.remove_all(f"reports/{number:05d}.json" for number in range(100))
+    assert max(seen) == 32
+    assert storage.list("reports/") == {}
 
 
 def test_staged_files_lie_in_tmpdir(storage: S3Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

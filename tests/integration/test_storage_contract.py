@@ -157,6 +157,15 @@ def test_map_returns_the_whole_file(storage: Storage) -> None:
     assert bytes(storage.map("a")[256:512]) == bytes(range(256))
 
 
+def test_many_are_removed_at_once_and_the_others_stay(storage: Storage) -> None:
+    names = [f"reports/{number:05d}.json" for number in range(100)]
+    for name in [*names[:99], "reports/record.json", "other"]:
+        storage.write_bytes(name, b"1")
+    storage.remove_all(iter(names))  # the last of them was not there
+    assert list(storage.list()) == ["other", "reports/record.json"]
+    storage.remove_all([])
+
+
 def test_removed_means_gone(storage: Storage) -> None:
     storage.write_bytes("a", b"1")
     storage.remove("a")

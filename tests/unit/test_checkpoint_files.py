@@ -78,6 +78,23 @@ def test_other_names_and_files_are_no_checkpoints(storage: Storage) -> None:
     assert list_checkpoints(storage) == [8]
 
 
+def test_checkpoints_are_found_by_their_directories_and_not_by_the_files_of_every_rank(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (8, 16):
+        write_checkpoint(storage, step)
+    scanned: list[str] = []
+    scandir = os.scandir
+
+    def watched_scandir(path: Path) -> Any:
+        scanned.append(Path(path).name)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", watched_scandir)
+    assert list_checkpoints(storage) == [8, 16]
+    assert scanned == ["checkpoints"]
+
+
 def test_run_without_checkpoints_has_no_newest(storage: Storage) -> None:
     assert newest_whole_checkpoint(storage) is None
     prepare(storage, 5)

@@ -99,6 +99,16 @@ def test_leftovers_of_killed_runs_are_found_and_removed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["00000.tar"]
 
 
+def test_many_removals_sync_each_directory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{folder}/{number}" for folder in "ab" for number in range(5)]
+    for name in names:
+        LocalStorage(tmp_path).write_bytes(name, b"1")
+    calls = record_disk_calls(monkeypatch, root=tmp_path)
+    LocalStorage(tmp_path).remove_all(names)
+    assert calls[:10] == [f"unlink {name}" for name in names]
+    assert sorted(calls[10:]) == ["fsync a", "fsync b"]
+
+
 def test_json_keeps_its_order_and_refuses_nan(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": "ü"})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disk_calls import record_disk_calls
 from stand_in_engine import engine_of, equal, partition_of, states_of
 from synthetic_checkpoints import record_of
 from synthetic_shards import fingerprint_of, train_config
@@ -289,3 +290,61 @@ def test_a_state_without_a_step_restores_as_one(tmp_path: Path) -> None:
     restored = engine_of(seed=1)
     resume_engine(restored, config=config, record=read_record(LocalStorage(tmp_path), 0))
     assert equal(states_of(restored), states_of(engine_of()))
+
+
+def test_a_rank_opens_the_files_around_its_own_and_not_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, config, num_writers = LocalStorage(tmp_path), config_of(tmp_path), 20
+    saves = [
+        _Write(config, storage=storage, ranks=ranks_of(rank, num_writers), token="ours", state=STATE)
+        for rank in range(num_writers)
+    ]
+    for rank, save_of_rank in enumerate(saves):  # 3 of 46 elements each
+        engine, own = partition_of(rank=rank, world_size=num_writers)
+        torch.nn.init.constant_(engine.optimizer.single_partition_of_fp32_groups[0], rank)
+        fragments = Fragments(engine)
+        save_of_rank.write_file(fragments.layout, [view.detach().numpy() for view in fragments.views()])
+    shapes, kinds = parameter_shapes(engine), fragments.layout.kinds
+    saves[0].commit(record_of(8).model_copy(update={"files": (), "shapes": shapes, "kinds": kinds}))
+    record = read_record(storage, 8)
+    opened: list[str] = []
+    os_open = os.open
+
+    def watched_open(path: str, *arguments: Any) -> int:
+        opened.append(Path(path).name)
+        return os_open(path, *arguments)
+
+    monkeypatch.setattr(os, "open", watched_open)
+    # Of 5 elements each: rank 5 has 25 to 29, of files 8 and 9, and looks from file 10 on to both sides.
+    for rank, files in ((0, [0, 1]), (5, [10, 11, 9, 12, 8]), (9, [18, 19, 17, 16, 15])):
+        engine, own = partition_of(rank=rank, world_size=10)
+        opened.clear()
+        resume_engine(engine, config=config, record=record)
+        assert list(dict.fromkeys(opened)) == [f"rank_{file:05d}.safetensors" for file in files]
+        (master,) = engine.optimizer.single_partition_of_fp32_groups
+        expected = [float(index // 3) for index in range(*own.indices(46))]
+        assert master.detach().tolist()[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("num_ranks", [2, 16])
+def test_what_rank_0_syncs_to_disk_for_a_commit_does_not_grow_with_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    storage, config = LocalStorage(tmp_path), config_of(tmp_path)
+    saves = [
+        _Write(config, storage=storage, ranks=ranks_of(rank, num_ranks), token="ours", state=STATE)
+        for rank in range(num_ranks)
+    ]
+    for rank, save_of_rank in enumerate(saves):
+        layout = FragmentLayout(kinds=("weights",), fragments={"a": (rank, rank + 1)})
+        save_of_rank.write_file(layout, [np.zeros(1, dtype=np.float32)])
+    calls = record_disk_calls(monkeypatch, root=tmp_path)
+    saves[0].commit(record_of(8).model_copy(update={"files": (), "shapes": {"a": (num_ranks,)}}))
+    partial = f"{checkpoint_name(8)}.partial"
+    assert [call for call in calls if call.startswith("fsync")] == [
+        f"fsync {partial}",  # the ranks' reports are gone
+        f"fsync {partial}/*",
+        f"fsync {partial}",  # the record is there
+        "fsync checkpoints",
+    ]
