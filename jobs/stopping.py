@@ -120,18 +120,23 @@ class RankStop:
 
         Args:
             flag: what `start_flag` returned to the launcher.
-            watches_preemption: whether to ask for notices too; they exist on clusters only.
+            watches_preemption: whether to look for notices too; they exist on clusters only.
         """
         self._is_told = threading.Event()
-        self.preempted_nodes: tuple[str, ...] = ()
-        """Nodes that are about to be taken away; empty unless that is why the rank should stop."""
+        self._notices = _notices() if watches_preemption else None
         threading.Thread(target=self._wait_for, args=(flag,), name="wait-for-stop", daemon=True).start()
-        if watches_preemption:
+        if self._notices is not None:
             threading.Thread(target=self._watch_preemption, name="watch-preemption", daemon=True).start()
 
     def is_told(self) -> bool:
         """Return whether to stop at the end of this step; costs nothing, and other ranks may answer otherwise."""
         return self._is_told.is_set()
+
+    @property
+    def preempted_nodes(self) -> tuple[str, ...]:
+        """Nodes that are about to be taken away, as far as this rank was told: another may have been told first."""
+        notice = None if self._notices is None else self._notices.preemption_info
+        return () if notice is None else tuple(notice.preempted_node_ids)
 
     def _wait_for(self, flag: ActorHandle) -> None:
         try:
@@ -142,21 +147,23 @@ class RankStop:
         self._is_told.set()
 
     def _watch_preemption(self) -> None:
-        import ray.train  # noqa: PLC0415  (heavy, and the launcher must set its variables first)
-
-        find_notice = getattr(ray.train, "get_preemption_info", None)
-        if find_notice is None:
-            logger.warning("preemption: this Ray cannot tell notices; a preempted node is like a lost one")
-            return
-        while True:
-            try:
-                notice = find_notice()  # a barrier; every rank's thread calls it at the same pace until one is found
-            except (ray.exceptions.RayError, RuntimeError) as error:
-                logger.warning("preemption: notices can no longer be asked for: %s", error)
-                return
-            if notice is not None:
-                self.preempted_nodes = tuple(notice.preempted_node_ids)
-                logger.warning("preemption: nodes %s will be taken away", ", ".join(self.preempted_nodes))
-                self._is_told.set()
-                return
+        while not (nodes := self.preempted_nodes):
             time.sleep(PREEMPTION_POLL_S)
+        logger.warning("preemption: nodes %s will be taken away", ", ".join(nodes))
+        self._is_told.set()
+
+
+def _notices() -> Any | None:
+    """Return where Ray Train puts the notice that it gives to every rank; none of a Ray that has no such place.
+
+    Its public function is a barrier of all ranks, whose actor holds at most 1,000 calls: with more it never returns.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import (  # noqa: PLC0415  (heavy; the launcher sets variables first)
+            get_train_context,
+        )
+
+        return get_train_context().preemption_context
+    except (ImportError, AttributeError):
+        logger.warning("preemption: this Ray cannot tell notices; a preempted node is like a lost one")
+        return None
