@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from pipeline.config import S3Config
 from pipeline.loader import Batch, Loader
 from pipeline.shard_set import ShardSet
 from pipeline.storage import ArtifactError
+from training.alike import check_alike
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name, set_record
 from training.config import TrainConfig
 from training.data import open_shards
@@ -70,7 +73,8 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
 
     Raises:
         ArtifactError: the shards or the checkpoints do not allow the run; the message says what to do.
-        ValueError: the environment or the spec does not fit the world size, or a package is missing.
+        ValueError: the environment or the spec does not fit the world size, a package is missing, or a rank has another
+            spec, code, package or shard set than rank 0.
         NativeOpError: the spec asks for the native ops, and there are none.
         FloatingPointError: more than `max_skipped_steps` steps were not finite.
     """
@@ -83,7 +87,9 @@ def train(config: TrainConfig, *, should_stop: Callable[[], bool] | None = None)
         rank_log(files.directory, rank=ranks.rank),
         _stop_on_sigterm(should_stop) as is_told_to_stop,
     ):
+        logger.info("rank=%d of %d host=%s pid=%d", ranks.rank, ranks.world_size, socket.gethostname(), os.getpid())
         shard_sets, held_out = open_shards(config)
+        check_alike(config, shard_sets=shard_sets if held_out is None else [*shard_sets, held_out], ranks=ranks)
         record = find_checkpoint(
             config,
             ranks=ranks,

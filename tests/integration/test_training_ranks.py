@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import torch
 from synthetic_shards import damage_samples, train_config, write_shard_set
-from training_processes import ranks_of, run, start, weights_of
+from training_processes import ranks_of, run, run_script, start, weights_of
 
 from pipeline.storage import open_storage
 from training.checkpoint import list_checkpoints, read_record, verify_checkpoint
@@ -267,6 +268,17 @@ def test_the_loss_is_that_of_the_offsets_by_their_weights(finished: Path) -> Non
 def test_validation_measures_the_kept_code_after_own_drafts_too(finished: Path) -> None:
     lines = [line for line in read_metrics(finished) if line["split"] == "validation"]
     assert all(0 < abs(line["own_draft_loss_0"] - line["loss_of_offset"][0]) < 0.5 for line in lines)
+
+
+def test_a_rank_with_another_spec_ends_every_rank_before_anything_is_trained(shards: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", shards, validation=None)
+    (tmp_path / "spec.json").write_text(config.model_dump_json())
+    run_script("unlike_rank.py", str(tmp_path / "spec.json"), "optimizer.weight_decay=0.25", str(tmp_path))
+    told = {(tmp_path / rank).read_text() for rank in "01"}
+    assert len(told) == 1
+    assert f"start {config.run_dir}: every rank must have the spec that rank 0 has on " in told.pop()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert f"rank=1 of 2 host={socket.gethostname()}" in (tmp_path / "run/logs/rank_00001.log").read_text()
 
 
 def test_weights_that_rank_0_cannot_begin_with_end_every_rank_with_its_reason(shards: Path, tmp_path: Path) -> None:
