@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import io
 import mmap
 import os
@@ -35,13 +34,13 @@ from pipeline.storage import (
     is_url,
     json_bytes,
     raise_full,
+    sha256_of_stream,
 )
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 STAGED_PREFIX = ".staged-"
-HASH_BLOCK_BYTES = 1 << 20
 OUTAGES = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO, errno.EHOSTDOWN}
 )
@@ -186,11 +185,8 @@ def read_file(path: str, *, start: int = 0, end: int | None = None) -> bytes:
 
 def sha256_of_file(path: Path) -> str:
     """Return the hex sha256 of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of_stream(file)
 
 
 @contextlib.contextmanager

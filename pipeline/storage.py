@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 from pipeline.config import S3Config
 
 S3_SCHEME = "s3://"
+HASH_BLOCK_BYTES = 1 << 20
 URL_START = re.compile(r"[A-Za-z0-9]+:/")
 Buffer = bytes | memoryview
 """The whole content of a file, mapped where it is local."""
@@ -207,3 +208,11 @@ def json_bytes(value: Any) -> bytes:
 def sha256_of(data: Buffer) -> str:
     """Return the hex sha256 of a file's content."""
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_stream(file: IO[bytes]) -> str:
+    """Return the hex sha256 of what is left to read of a file, holding a block of it at a time."""
+    digest = hashlib.sha256()
+    while block := file.read(HASH_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()

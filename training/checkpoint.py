@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.local_storage import LocalStorage, raise_outage, rename, sha256_of_file
-from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of
+from pipeline.storage import ArtifactError, Storage, StorageUnavailableError, sha256_of_stream
 from tokenization.config import Config
 from tokenization.fingerprint import Fingerprint
 from tokenization.messages import reason_of
@@ -238,7 +238,8 @@ def _problem_of_file(storage: Storage, directory: str, file: FileRecord) -> str 
 
 def _sha256_of(storage: Storage, name: str) -> str:
     if not isinstance(storage, LocalStorage):
-        return sha256_of(storage.map(name))
+        with storage.open(name) as file:  # in blocks: several threads are at work, and a few ranks have large files
+            return sha256_of_stream(file)
     try:
         return sha256_of_file(storage.root / name)
     except OSError as error:
