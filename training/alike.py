@@ -21,6 +21,8 @@ from training.ranks import Ranks
 
 CODE = ("tokenization", "pipeline", "training")
 PACKAGES = ("torch", "deepspeed", "numpy")
+PLACES = {"cache_dir", "max_cache_gb"}
+"""Fields of `data` that may differ from machine to machine."""
 MAX_NAMED_RANKS = 3
 
 
@@ -35,13 +37,18 @@ def check_alike(config: TrainConfig, *, shard_sets: Sequence[ShardSet], ranks: R
     Raises:
         ValueError: a rank differs from rank 0; the same on every rank.
     """
-    facts = {"spec": hashlib.sha256(config.model_dump_json().encode()).hexdigest()}
-    facts |= {"code": code_digest(Path(__file__).parents[1])}
-    facts |= {name: version(name) for name in PACKAGES}
-    facts |= {shard_set.url: set_record(shard_set.manifest).sha256 for shard_set in shard_sets}
+    facts = facts_of(config, shard_sets=shard_sets)
     problem = describe_difference(ranks.gather((socket.gethostname(), facts)))
     if problem is not None:
         raise ValueError(f"start {config.run_dir}: {problem}")
+
+
+def facts_of(config: TrainConfig, *, shard_sets: Sequence[ShardSet]) -> dict[str, str]:
+    """Return what this rank trains, by what and on what: names with versions or digests."""
+    spec = config.model_dump_json(exclude={"data": PLACES})
+    facts = {"spec": hashlib.sha256(spec.encode()).hexdigest(), "code": code_digest(Path(__file__).parents[1])}
+    facts |= {name: version(name) for name in PACKAGES}
+    return facts | {shard_set.url: set_record(shard_set.manifest).sha256 for shard_set in shard_sets}
 
 
 def code_digest(root: Path) -> str:

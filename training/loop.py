@@ -25,7 +25,6 @@ import torch
 from pipeline.config import S3Config
 from pipeline.loader import Batch, Loader
 from pipeline.shard_set import ShardSet
-from pipeline.storage import ArtifactError
 from training.alike import check_alike
 from training.checkpoint import CheckpointRecord, RunState, checkpoint_name, set_record
 from training.config import TrainConfig
@@ -126,15 +125,15 @@ def warm_start_on_first(model: TensorAR, path: str, *, s3: S3Config, ranks: Rank
     """Copy weights into rank 0's model, which `build_engine` gives to all ranks: a thousand need not read one file.
 
     Raises:
-        ArtifactError, OSError: they cannot be read or do not fit; the same on every rank.
+        Exception: what `warm_start` raises on rank 0, on every rank.
     """
     error: Exception | None = None
     if ranks.is_first:
         logger.info("warm start from %s", path)
         try:
             warm_start(model, path, s3=s3)
-        except (ArtifactError, OSError) as found:
-            error = found  # raised on every rank below, so that none waits for the others
+        except Exception as found:  # of any kind: the other ranks would wait for rank 0
+            error = found
     error = ranks.from_first(error)
     if error is not None:
         raise error

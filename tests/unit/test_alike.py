@@ -3,7 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from training.alike import code_digest, describe_difference
+from synthetic_shards import train_config
+
+from training.alike import code_digest, describe_difference, facts_of
 
 FACTS = {"spec": "a" * 64, "code": "b" * 64, "torch": "2.11.0", "/data/set": "c" * 64}
 
@@ -40,6 +42,14 @@ def test_of_many_ranks_three_are_named() -> None:
         "rank 1 on node-1 (eeeeeeee..), rank 2 on node-2 (eeeeeeee..), rank 3 on node-3 (eeeeeeee..) and 1020 more"
         in (told_of)
     )
+
+
+def test_where_a_machine_keeps_shards_may_differ_and_the_rest_of_the_spec_may_not(tmp_path: Path) -> None:
+    specs = [
+        facts_of(train_config(tmp_path, shards=tmp_path, **changes), shard_sets=[])["spec"]
+        for changes in ({}, {"data__cache_dir": "/scratch/a"}, {"data__seed": 7})
+    ]
+    assert specs[0] == specs[1] != specs[2]
 
 
 def test_the_code_is_every_source_of_the_packages_that_a_rank_runs(tmp_path: Path) -> None:
