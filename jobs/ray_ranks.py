@@ -39,6 +39,7 @@ _SIGNS_OF_DEATH = tuple(
 )
 """Of the process, its node's address, and Ray's word on what happened."""
 _HEALTH_CHECKS_PER_S = 500
+_TOLD_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,4 +232,6 @@ def _train_as_worker(settings: dict[str, Any]) -> Outcome:
     config = TrainConfig.model_validate_json(settings["spec"])
     stop = RankStop(settings["flag"], watches_preemption=config.cluster.address != "local")
     result = train(config, should_stop=stop.is_told)
+    if not result.is_finished:
+        stop.wait_until_told(_TOLD_WAIT_S)  # the launcher has to know why
     return Outcome(result=result, preempted_nodes=stop.preempted_nodes)

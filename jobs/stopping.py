@@ -132,6 +132,10 @@ class RankStop:
         """Return whether to stop at the end of this step; costs nothing, and other ranks may answer otherwise."""
         return self._is_told.is_set()
 
+    def wait_until_told(self, timeout_s: float) -> None:
+        """Return once this rank was told to stop, as all are: another may have been told first, and stopped it."""
+        self._is_told.wait(timeout_s)
+
     @property
     def preempted_nodes(self) -> tuple[str, ...]:
         """Nodes that are about to be taken away, as far as this rank was told: another may have been told first."""

@@ -1,5 +1,6 @@
 """How a rank learns that it should stop, without asking the other ranks."""
 
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -50,6 +51,14 @@ def test_a_rank_that_others_stopped_first_names_the_nodes_too(notices: Preemptio
     stop = RankStop(flag_of_a_launcher_that_is_gone(), watches_preemption=True)
     notices.preemption_info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
     assert stop.preempted_nodes == ("a",)  # whether or not its own thread has looked
+
+
+def test_a_rank_that_others_stopped_waits_for_its_own_notice(notices: PreemptionContext) -> None:
+    stop = RankStop(flag_of_a_launcher_that_is_gone(), watches_preemption=True)
+    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    threading.Timer(0.2, setattr, (notices, "preemption_info", notice)).start()
+    stop.wait_until_told(10)
+    assert stop.preempted_nodes == ("a",)
 
 
 def test_without_a_cluster_there_are_no_notices(notices: PreemptionContext) -> None:
